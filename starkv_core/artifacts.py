@@ -115,7 +115,7 @@ def save_safetensors_atomic(
 
 
 def check_disk_space(folder: str | os.PathLike[str], needed: int) -> None:
-    """UserError if less than ``needed`` bytes are free for ``folder`` (which need not exist yet)."""
+    """UserError if under ``needed`` bytes are free for ``folder`` (which need not exist yet)."""
     existing = Path(folder).absolute()
     while not existing.exists():
         existing = existing.parent
