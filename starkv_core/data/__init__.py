@@ -1,0 +1,1 @@
+"""Text for calibration and evaluation: where it comes from, and how it becomes token sequences."""

@@ -1,0 +1,63 @@
+"""Token sequences of equal length, packed from documents."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from starkv_core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BUFFER: Final = 1024
+"""Documents held for shuffling: enough to mix a stream, little enough to download first."""
+
+
+def pack(
+    tokenizer: PreTrainedTokenizerBase, docs: Iterable[str], length: int, count: int, seed: int
+) -> torch.Tensor:
+    """Pack documents back to back into rows without padding.
+
+    Documents are drawn through a shuffle buffer, tokenised without special tokens, each ended by
+    the end-of-sequence token, joined, and cut into rows; the rows are then shuffled, since
+    neighbours may come from one long document. The same documents, tokenizer and ``seed`` give the
+    same rows. Reads no more documents than it needs, and the buffer.
+
+    Returns int64 token ids ``[count, length]``. UserError if the text is too short, or the
+    tokenizer has no end-of-sequence token.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise UserError("the tokenizer has no end-of-sequence token to put between documents")
+    needed = count * length
+    ids: list[int] = []
+    for document in _shuffled(docs, random.Random(seed)):
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        ids.append(end)
+        if len(ids) >= needed:
+            break
+    else:
+        raise UserError(
+            f"too little text: {count} sequences of {length} need {needed} tokens, "
+            f"found {len(ids)}; give more text, fewer sequences or shorter ones"
+        )
+    rows = torch.tensor(ids[:needed], dtype=torch.int64).view(count, length)
+    return rows[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
+
+
+def _shuffled(docs: Iterable[str], order: random.Random) -> Iterator[str]:
+    """All of ``docs``, each drawn at random from a buffer that the stream refills."""
+    buffer: list[str] = []
+    for document in docs:
+        if len(buffer) < _BUFFER:
+            buffer.append(document)
+            continue
+        index = order.randrange(_BUFFER)
+        yield buffer[index]
+        buffer[index] = document
+    order.shuffle(buffer)
+    yield from buffer
