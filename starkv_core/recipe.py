@@ -524,6 +524,14 @@ def find_recipe(name_or_path: str | Path) -> Path:
     return _recipe_folder() / f"{name}.yaml"
 
 
+def recipe_label(name_or_path: str | Path) -> str:
+    """Short name of a recipe for naming a run: ``paper-longchat`` for ``paper/longchat``."""
+    path = find_recipe(name_or_path).resolve()
+    folder = _recipe_folder().resolve()
+    name = path.relative_to(folder) if path.is_relative_to(folder) else Path(path.name)
+    return "-".join(name.with_suffix("").parts)
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that come with starkv, sorted."""
     folder = _recipe_folder()

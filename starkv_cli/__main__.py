@@ -1,0 +1,3 @@
+from starkv_cli.main import main
+
+main()

@@ -1,0 +1,121 @@
+"""``starkv calibrate``: learn ranks under a budget and write a run folder."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from starkv_cli.console import Interrupted, emit_json, note, print_table, progress
+from starkv_core.errors import UserError
+
+if TYPE_CHECKING:
+    from starkv_core.calibrate import CalibrationResult
+    from starkv_core.recipe import Recipe
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("calibrate")(calibrate)
+
+
+def calibrate(
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe: a name such as longchat, or a YAML file.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id, in place of the recipe's model.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder. Default: runs/RECIPE-MODEL.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run in its folder.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Only fold RUN's factors again, after editing ranks.yaml."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Compress a model: learn ranks under a budget, write a run folder.
+
+    Example: starkv calibrate --recipe tiny --set ratio=3 --out runs/tiny3
+    """
+    from starkv_core.recipe import load_recipe, recipe_label, recipe_names
+
+    if export is not None:
+        if recipe or model or out or resume or dry_run or overrides:
+            raise UserError(
+                "--export takes a run folder and no other option but --device and --json"
+            )
+        _export(export, device=device, as_json=as_json)
+        return
+    settings = list(overrides or [])
+    if model is not None:
+        settings.append(f"model.name={json.dumps(model)}")
+    if recipe is None:
+        if not resume or out is None:
+            names = ", ".join(recipe_names())
+            raise UserError(f"name a recipe with --recipe: a YAML file, or one of {names}")
+        recipe = str(out / "recipe.yaml")
+    resolved = load_recipe(recipe, settings)
+    if dry_run:
+        _plan(resolved, device=device, as_json=as_json)
+        return
+    base = Path(resolved.model.name or "embedded").name
+    folder = out or Path("runs") / f"{recipe_label(recipe)}-{base}"
+    _run(resolved, folder, resume=resume, device=device, as_json=as_json)
+
+
+def _plan(recipe: Recipe, *, device: str | None, as_json: bool) -> None:
+    from starkv_core.calibrate import plan
+
+    planned = plan(recipe, device=device)
+    if as_json:
+        emit_json(planned.to_dict())
+    else:
+        print_table("Plan", ["what", "value"], planned.rows())
+
+
+def _run(recipe: Recipe, folder: Path, *, resume: bool, device: str | None, as_json: bool) -> None:
+    from starkv_core.calibrate import run_calibration
+
+    try:
+        result = run_calibration(recipe, folder, resume=resume, device=device, progress=progress())
+    except KeyboardInterrupt:
+        if not folder.is_dir():
+            raise
+        where = f" --device {device}" if device else ""
+        raise Interrupted(
+            "interrupted; to continue: "
+            f"starkv calibrate --resume --out {shlex.quote(str(folder))}{where}"
+        ) from None
+    _show(result, as_json=as_json)
+
+
+def _export(run_dir: Path, *, device: str | None, as_json: bool) -> None:
+    from starkv_core.calibrate import export_run
+
+    _show(export_run(run_dir, device=device), as_json=as_json)
+
+
+def _show(result: CalibrationResult, *, as_json: bool) -> None:
+    if as_json:
+        emit_json(result.to_dict())
+        return
+    print_table(f"Run {result.run_dir}", ["what", "value"], result.rows())
+    note(f"next: starkv eval {shlex.quote(str(result.run_dir))}")
