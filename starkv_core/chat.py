@@ -104,8 +104,8 @@ class Conversation:
     """History and cache of one chat.
 
     With a chat template the history is rendered through it; without one, questions and answers form
-    one running text, each new question on a new line. Either way only tokens that the cache does not
-    hold yet are fed: those after the longest prefix it shares with the new prompt.
+    one running text, each new question on a new line. Either way only tokens that the cache lacks
+    are fed: those after the longest prefix it shares with the new prompt.
     """
 
     def __init__(
@@ -124,6 +124,7 @@ class Conversation:
         self.max_new_tokens = max_new_tokens
         self._ends = end_tokens(subject)
         self._stop = False
+        self._cached: list[int] = []
         self.reset()
 
     def reset(self) -> None:
@@ -148,8 +149,8 @@ class Conversation:
     def ask(self, text: str) -> Iterator[str]:
         """Answer ``text``, piece by piece; afterwards ``last`` holds the figures.
 
-        An answer that :meth:`stop`, closing the iterator or an error cuts short stays in the history
-        as far as it went.
+        An answer that :meth:`stop`, closing the iterator or an error cuts short stays in the
+        history as far as it went.
 
         Raises:
             UserError: the question alone exceeds the context; the history is as before then.
@@ -286,7 +287,7 @@ class Conversation:
 
     def _forget(self) -> None:
         self._cache = self.subject.new_cache()
-        self._cached: list[int] = []
+        self._cached = []
 
     def _reuse(self, prompt: list[int]) -> int:
         """Crop the cache to what it shares with ``prompt``; tokens shared, at most all but one."""

@@ -6,7 +6,7 @@ Evaluation and chat both go through :func:`stream`, so what is measured is what 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +97,7 @@ def stream(
     sampler: Sampler,
     cache: Any | None = None,
     prefill_chunk: int | None = None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Generate up to ``max_new_tokens`` tokens a row, one step at a time.
 
     Args:
@@ -159,7 +159,7 @@ def _steps(
     sampler: Sampler,
     cache: Any,
     chunk: int,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     generator = sampler.generator(tokens.device)
     ends = torch.tensor(end_tokens(subject), dtype=torch.long, device=tokens.device)
     padding = getattr(subject.tokenizer, "pad_token_id", None)

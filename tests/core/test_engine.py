@@ -91,7 +91,7 @@ def test_second_turn_feeds_only_new_tokens(subject: StandinSubject) -> None:
 def test_rows_end_one_by_one(subject: StandinSubject) -> None:
     ids, mask = ragged(subject, [9, 2, 6])
     free = run(subject, ids, mask, 20)
-    # Make a token that one row says early the end token: that row pads from there, the others go on.
+    # What one row says early becomes the end token: it pads from there, the others go on.
     end = int(free[0, 3])
     subject.model.generation_config.eos_token_id = [end]
     try:

@@ -1,0 +1,1 @@
+"""Evaluation: perplexity and retrieval on the deployed path, reports and their figures."""

@@ -1,0 +1,178 @@
+"""Retrieval accuracy over a grid of lengths and depths, answers decoded through the cache.
+
+The prompts and the rule for a right answer are those of :mod:`.retrieval_tasks`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from starkv_core.engine import Sampler, check_context, stream
+from starkv_core.errors import UserError
+from starkv_core.eval.deployed import CacheBytes, measure
+from starkv_core.eval.retrieval_tasks import TASKS, RetrievalPrompt, make_prompt
+from starkv_core.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from starkv_core.run import Subject
+
+__all__ = ["TASKS", "RetrievalGrid", "RetrievalResult", "make_grid", "retrieval"]
+
+
+@dataclass(frozen=True)
+class RetrievalGrid:
+    """Prompts of one task: ``cells[i][j]`` holds those of ``lengths[i]`` and ``depths[j]``."""
+
+    task: str
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    cells: tuple[tuple[tuple[RetrievalPrompt, ...], ...], ...]
+
+    @property
+    def prompts(self) -> int:
+        """Prompts in a cell."""
+        return len(self.cells[0][0])
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """Right answers of one subject.
+
+    Attributes:
+        task: ``passkey`` or ``kv``.
+        lengths, depths: the grid.
+        prompts: prompts in a cell.
+        right: right answers in a cell, ``[lengths][depths]``.
+        cache: bytes of the live cache after the first batch at the longest length.
+    """
+
+    task: str
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    prompts: int
+    right: tuple[tuple[int, ...], ...]
+    cache: CacheBytes
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers over the grid."""
+        cells = len(self.lengths) * len(self.depths)
+        return sum(map(sum, self.right)) / (cells * self.prompts)
+
+    def at_length(self, length: int) -> float:
+        """Share of right answers at one length."""
+        row = self.right[self.lengths.index(length)]
+        return sum(row) / (len(row) * self.prompts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain form for JSON."""
+        return {
+            "task": self.task,
+            "accuracy": self.accuracy,
+            "by_length": {str(length): self.at_length(length) for length in self.lengths},
+            "lengths": list(self.lengths),
+            "depths": list(self.depths),
+            "prompts": self.prompts,
+            "right": [list(row) for row in self.right],
+            "cache": self.cache.to_dict(),
+        }
+
+
+def make_grid(
+    task: str,
+    tokenizer: Any,
+    filler_ids: Sequence[int],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    prompts: int,
+    seed: int,
+) -> RetrievalGrid:
+    """Prompts for a grid. Those of a cell depend on ``seed`` and the cell, not on the other cells.
+
+    Raises:
+        UserError: an empty grid, or what :func:`.retrieval_tasks.make_prompt` refuses.
+    """
+    if not lengths or not depths or prompts < 1:
+        raise UserError("retrieval: at least one length, one depth and one prompt are needed")
+    cells = []
+    for length in lengths:
+        row = []
+        for depth in depths:
+            rng = random.Random(f"{seed}/{task}/{length}/{depth}")
+            row.append(
+                tuple(
+                    make_prompt(task, tokenizer, filler_ids, length, depth, rng)
+                    for _ in range(prompts)
+                )
+            )
+        cells.append(tuple(row))
+    return RetrievalGrid(task, tuple(lengths), tuple(depths), tuple(cells))
+
+
+def check_grid(subject: Subject, grid: RetrievalGrid) -> None:
+    """Refuse a grid whose longest prompt and answer exceed the model's context (UserError)."""
+    for cells in grid.cells:
+        for prompt in (prompt for cell in cells for prompt in cell):
+            check_context(
+                subject,
+                prompt.length + len(prompt.answer_ids),
+                f"{grid.task} prompt of {prompt.length} + {len(prompt.answer_ids)} answer tokens",
+            )
+
+
+def retrieval(
+    subject: Subject, grid: RetrievalGrid, *, batch: int = 8, progress: Progress = SILENT
+) -> RetrievalResult:
+    """Answer every prompt of ``grid`` greedily, ``batch`` at a time; see the module for the rule.
+
+    Raises:
+        UserError: a prompt and its answer exceed the model's context; nothing is computed then.
+        RunFailure: the pass did not go through the compressed cache.
+    """
+    check_grid(subject, grid)
+    right = [[0] * len(grid.depths) for _ in grid.lengths]
+    held: list[CacheBytes] = []
+    total = len(grid.lengths) * len(grid.depths) * grid.prompts
+    asked = answered = 0
+    with progress.task(f"{grid.task}, {subject.name}", total, "prompt") as task:
+        for i, row in enumerate(grid.cells):
+            for j, cell in enumerate(row):
+                for start in range(0, len(cell), batch):
+                    prompts = cell[start : start + batch]
+                    count, cache_bytes = _answer(subject, prompts)
+                    held.append(cache_bytes)
+                    right[i][j] += count
+                    asked, answered = asked + len(prompts), answered + count
+                    task.advance(len(prompts), accuracy=answered / asked)
+    return RetrievalResult(
+        grid.task,
+        grid.lengths,
+        grid.depths,
+        grid.prompts,
+        tuple(map(tuple, right)),
+        max(held, key=lambda cache_bytes: cache_bytes.tokens),
+    )
+
+
+def _answer(subject: Subject, prompts: Sequence[RetrievalPrompt]) -> tuple[int, CacheBytes]:
+    """Right answers to prompts of one length, and what the cache held after them."""
+    cache = subject.new_cache()
+    steps = stream(
+        subject,
+        torch.tensor([prompt.input_ids for prompt in prompts]),
+        None,
+        max(len(prompt.answer_ids) for prompt in prompts),
+        sampler=Sampler(),
+        cache=cache,
+    )
+    rows = torch.stack(list(steps), dim=1).tolist()
+    right = sum(
+        row[: len(prompt.answer_ids)] == prompt.answer_ids
+        for row, prompt in zip(rows, prompts, strict=True)
+    )
+    return right, measure(subject, cache, len(prompts))

@@ -1,0 +1,107 @@
+"""The text an evaluation reads: tokenised as a whole, then cut into windows or used as filler."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starkv_core import embedded
+from starkv_core.artifacts import read_text
+from starkv_core.data.corpus import documents
+from starkv_core.errors import UserError
+
+BUILTIN = "builtin"
+
+_BY_DOCUMENTS = (".jsonl", ".parquet")
+_CHARACTERS_PER_TOKEN = 4  # first guess of how many documents to read
+
+
+@dataclass(frozen=True)
+class EvalText:
+    """A text and its tokens.
+
+    Attributes:
+        ids: token ids of the whole text, with the special tokens its tokenizer puts around a text.
+        source: where the text came from.
+        join: how its documents became one text.
+        sha256: of the UTF-8 text.
+    """
+
+    ids: list[int]
+    source: str
+    join: str
+    sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain form for JSON, without the tokens."""
+        return {
+            "source": self.source,
+            "sha256": self.sha256,
+            "join": self.join,
+            "tokens": len(self.ids),
+        }
+
+
+def is_endless(source: str) -> bool:
+    """Whether ``source`` is a hub data set, which may be too long to read whole."""
+    return source != BUILTIN and not Path(source).exists()
+
+
+def read_eval_text(
+    tokenizer: Any,
+    source: str = BUILTIN,
+    *,
+    tokens: int | None = None,
+    config: str | None = None,
+    split: str = "test",
+    field: str = "text",
+) -> EvalText:
+    """Read and tokenise a text.
+
+    Args:
+        tokenizer: of the model.
+        source: ``builtin`` (the held-out text of the package), a file, or a hub data set. A plain
+            text file is one string, byte for byte; documents of .jsonl, .parquet and the hub are
+            joined with an empty line.
+        tokens: enough tokens; more documents than give them are not read. None reads all.
+        config, split, field: of a hub data set; ``field`` of .jsonl and .parquet as well.
+
+    Raises:
+        UserError: no such text, empty, not UTF-8, no such field.
+    """
+    path = embedded.HELDOUT_TEXT if source == BUILTIN else Path(source)
+    if path.exists() and path.suffix not in _BY_DOCUMENTS:
+        text, join = read_text(path), "whole file as one string"
+        if not text.strip():
+            raise UserError(f"{path}: the file is empty")
+        ids = _tokenise(tokenizer, text)
+    else:
+        text, ids = _gather(tokenizer, documents(source, config, split, field), tokens)
+        join = "documents joined with an empty line"
+    return EvalText(ids, source, join, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _tokenise(tokenizer: Any, text: str) -> list[int]:
+    # `verbose` silences the warning about lengths past the model's: the windows are what is fed.
+    return list(tokenizer(text, verbose=False).input_ids)
+
+
+def _gather(tokenizer: Any, parts: Iterator[str], tokens: int | None) -> tuple[str, list[int]]:
+    """Read documents until they give ``tokens`` tokens (None: all of them)."""
+    gathered: list[str] = []
+    size, goal = 0, math.inf if tokens is None else float(tokens * _CHARACTERS_PER_TOKEN)
+    for part in parts:
+        gathered.append(part)
+        size += len(part)
+        if size >= goal:
+            text = "\n\n".join(gathered)
+            ids = _tokenise(tokenizer, text)
+            if tokens is not None and len(ids) >= tokens:
+                return text, ids
+            goal = 2.0 * size
+    text = "\n\n".join(gathered)
+    return text, _tokenise(tokenizer, text)
