@@ -125,6 +125,8 @@ class StartSection:
     values: weights (plain SVD), whitened, or mixed by attention.
     center: take the mean out of the keys' second moment.
     output_aware: weight values by the output projection.
+    allocation: start ranks: uniform (one share everywhere), common (one threshold on the singular
+        values) or probed (water-filling by what each layer's error does to the output).
     output_damping: share of the mean added to that weight, as a fraction.
     key_group: key heads per factorisation; 1 is head-wise.
     value_group: value heads per factorisation; 0 is joint, all heads of a layer.
@@ -137,6 +139,7 @@ class StartSection:
     values: Literal["weights", "whitened", "mixed"]
     center: bool
     output_aware: bool
+    allocation: Literal["uniform", "common", "probed"]
     slack: float = field(metadata={"range": _Range(1, also=0)})
     output_damping: float = field(default=0.3, metadata=_NOT_NEGATIVE)
     key_group: int = field(default=1, metadata=_COUNT)
@@ -227,6 +230,7 @@ _METHOD_DEFAULTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
             "values": "mixed",
             "center": True,
             "output_aware": True,
+            "allocation": "probed",
             "slack": 1.25,
         },
         "optim": {
@@ -245,6 +249,7 @@ _METHOD_DEFAULTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
             "values": "weights",
             "center": False,
             "output_aware": False,
+            "allocation": "uniform",
             "slack": 0.0,
         },
         "optim": {
