@@ -205,11 +205,13 @@ def read_safetensors(
     expected: Mapping[str, Expected] | None = None,
     *,
     sha256: str | None = None,
+    prefix: str = "",
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors (on the CPU) and metadata of a file that is checked before it is believed.
 
     ``expected`` maps every name the file must hold, and no other, to ``(shape, dtype)``, each None
-    when free; ``sha256`` is the checksum the manifest recorded. UserError for a missing, truncated
+    when free; ``sha256`` is the checksum the manifest recorded; only tensors whose name starts with
+    ``prefix`` are read. UserError for a missing, truncated
     or altered file; with all offenders, for wrong names, shapes or dtypes, NaN and infinity.
     """
     from safetensors import SafetensorError, safe_open
@@ -225,7 +227,8 @@ def read_safetensors(
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: truncated or not safetensors ({_one_line(error)})") from None
     faults = list(_tensor_faults(tensors, expected))

@@ -108,6 +108,7 @@ class DataSection:
     split: split of a hub data set.
     field: field of .jsonl, .parquet and hub data sets that holds the text.
     length: tokens per sequence.
+    sequences: sequences to train on, in turn, again and again; 0 is as many as the steps take.
     """
 
     source: str = "builtin"
@@ -115,6 +116,7 @@ class DataSection:
     split: str = "train"
     field: str = "text"
     length: int = dataclasses.field(default=1024, metadata={"range": _Range(2)})
+    sequences: int = dataclasses.field(default=0, metadata=_NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,6 @@ class OptimSection:
     grad_clip: largest norm of the gradient.
     gate_slope: s in the gate sigma tanh(s (sigma - alpha)).
     gamma: weight of the paper's rank loss; method paper only.
-    dual_lr: step of the multiplier on stored bytes; method star only.
     checkpointing: recompute activations in the backward pass, for less memory.
     checkpoint_every: steps between two resumable states on disk.
     """
@@ -174,7 +175,6 @@ class OptimSection:
     warmup: float = field(default=0.05, metadata=_FRACTION)
     grad_clip: float = field(default=1.0, metadata=_POSITIVE)
     gamma: float = field(default=0.1, metadata=_NOT_NEGATIVE)
-    dual_lr: float = field(default=0.05, metadata=_POSITIVE)
     checkpointing: bool = True
     checkpoint_every: int = field(default=50, metadata=_COUNT)
 
@@ -249,7 +249,7 @@ _METHOD_DEFAULTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
             "values": "weights",
             "center": False,
             "output_aware": False,
-            "allocation": "uniform",
+            "allocation": "common",
             "slack": 0.0,
         },
         "optim": {

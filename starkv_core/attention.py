@@ -1,0 +1,230 @@
+"""Attention over latents: one function for training, prefill and decode.
+
+Positions are cache slots, for queries and keys alike: scores depend on differences only, so left
+padding and later turns need nothing more (docs/design.md, traps 2 and 13).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from starkv_core.cache import LatentLayer
+from starkv_core.models.family import Family
+from starkv_core.models.spec import ModelSpec, Rope
+from triton_ops.latent_attention import expand_heads, latent_attention, rotate
+
+DECODE_QUERIES = 16  # up to so many new tokens are scored against latents; more rebuild keys for SDPA
+
+
+@dataclass(frozen=True)
+class LatentWeights:
+    """The matrices of one compressed layer, in the dtype and on the device they are used with.
+
+    Attributes:
+        key_down: ``[R, d]``, latents of all key heads side by side.
+        key_index: int64 ``[H_kv, r]``, the channels of each head, padded with 0.
+        key_up: ``[H_kv, D, r]``, zero in padded columns.
+        key_bias: ``[H_kv, D]`` or None.
+        value_down: ``[r_v, d]``.
+        value_up: ``[H_kv, D, r_v]``.
+        value_bias: ``[H_kv, D]`` or None.
+        key_eps: epsilon of the RMSNorm on keys; latents are then normalised before caching.
+        key_gram: ``[H_kv, r, r]``, ``U^T U`` before the norm's weight is folded in; None when ``U``
+            is orthonormal.
+    """
+
+    key_down: torch.Tensor
+    key_index: torch.Tensor
+    key_up: torch.Tensor
+    key_bias: torch.Tensor | None
+    value_down: torch.Tensor
+    value_up: torch.Tensor
+    value_bias: torch.Tensor | None
+    key_eps: float | None = None
+    key_gram: torch.Tensor | None = None
+
+
+def padded_index(ranks: tuple[int, ...], heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Channels of each head in rows that hold groups of channels side by side.
+
+    Args:
+        ranks: channels of each group; a group serves ``heads / len(ranks)`` heads in a row.
+        heads: key heads.
+
+    Returns:
+        int64 ``[heads, max(ranks)]`` indices, 0 where padded, and the bool mask of real entries.
+    """
+    widest, start = max(ranks), 0
+    rows, masks = [], []
+    for rank in ranks:
+        lane = torch.arange(widest)
+        real = lane < rank
+        rows += [torch.where(real, lane + start, 0)] * (heads // len(ranks))
+        masks += [real] * (heads // len(ranks))
+        start += rank
+    return torch.stack(rows), torch.stack(masks)
+
+
+class RopeTables:
+    """Cos and sin of slots, made once per model and grown as the cache grows."""
+
+    def __init__(self, rope: Rope) -> None:
+        self._rope = rope
+        self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def get(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float32 ``[length, D]`` cos and sin for slots 0 to ``length - 1``."""
+        cos, sin = self._tables.get(device, (None, None))
+        if cos is None or sin is None or len(cos) < length:
+            cos, sin = self._rope.tables(0, max(length, 2 * len(cos) if cos is not None else 256), device)
+            self._tables[device] = cos, sin
+        return cos[:length], sin[:length]
+
+
+def latents(weights: LatentWeights, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is cached for ``hidden [B, L, d]``: key latents ``[B, L, R]``, value latents ``[B, L, r_v]``."""
+    keys = F.linear(hidden, weights.key_down)
+    if weights.key_eps is not None:
+        keys = _normalised(weights, keys)
+    return keys, F.linear(hidden, weights.value_down)
+
+
+def _normalised(weights: LatentWeights, keys: torch.Tensor) -> torch.Tensor:
+    """Latents over the root mean square of the key they stand for (docs/design.md section 2, QK-norm)."""
+    heads, dim, rank = weights.key_up.shape
+    x = keys[..., weights.key_index.reshape(-1)].unflatten(-1, (heads, rank)).float()
+    real = _real_channels(weights)
+    x = x * real
+    energy = (
+        x.square().sum(-1)
+        if weights.key_gram is None
+        else torch.einsum("blhr,hrs,blhs->blh", x, weights.key_gram.float(), x)
+    )
+    scale = torch.rsqrt(energy / dim + weights.key_eps)
+    owner = torch.empty(keys.shape[-1], dtype=torch.long, device=keys.device)
+    owner[weights.key_index[real]] = (
+        torch.arange(heads, device=keys.device)[:, None].expand(heads, rank)[real]
+    )
+    return (keys * scale[..., owner]).to(keys.dtype)
+
+
+def _real_channels(weights: LatentWeights) -> torch.Tensor:
+    """Bool ``[H_kv, r]``: False where ``key_index`` is padding (0 anywhere but in its own place)."""
+    index = weights.key_index
+    real = index != 0
+    real[0, 0] = True
+    return real
+
+
+class CompressedAttention:
+    """Forward of one attention module with compressed keys and values.
+
+    Args:
+        module: the model's attention module; its query and output projections are used.
+        family, spec: of the model.
+        tables: RoPE tables, shared by all layers.
+        index: layer index.
+        store_dtype: dtype of latents in a cache that this layer has to make itself.
+        backend: of :func:`triton_ops.latent_attention.latent_attention`.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        family: Family,
+        spec: ModelSpec,
+        tables: RopeTables,
+        index: int,
+        store_dtype: torch.dtype,
+        backend: str = "reference",
+    ) -> None:
+        self.module, self.family, self.spec = module, family, spec
+        self.tables, self.index = tables, index
+        self.store_dtype, self.backend = store_dtype, backend
+
+    def __call__(
+        self,
+        weights: LatentWeights,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: Any | None,
+    ) -> torch.Tensor:
+        """Output of the module, ``[B, L, d]``, for new tokens ``hidden [B, L, d]``.
+
+        Args:
+            mask: as transformers passes it: None (causal), bool or additive ``[B, 1 or H, L, slots]``.
+            cache: transformers cache; its layer becomes a :class:`LatentLayer` if still empty.
+        """
+        spec = self.spec
+        n_new = hidden.shape[1]
+        keys, values = latents(weights, hidden)
+        past = 0
+        if cache is not None:
+            layer = self._layer(cache)
+            past = layer.length
+            keys, values = layer.append(keys, values)
+        cos, sin = self.tables.get(past + n_new, hidden.device)
+        q = self.family.queries(self.module, hidden, spec.head_dim)
+        q = rotate(q, cos[past:], sin[past:])
+        scale = self.module.scaling
+        if cache is not None and n_new <= DECODE_QUERIES:
+            out = latent_attention(
+                q,
+                keys,
+                values,
+                weights.key_index,
+                weights.key_up,
+                weights.key_bias,
+                weights.value_up,
+                cos,
+                sin,
+                _allowed(mask, past, n_new, hidden),
+                scale,
+                backend=self.backend,
+            ).to(hidden.dtype)
+        else:
+            k = expand_heads(
+                keys.to(hidden.dtype), weights.key_index, weights.key_up, weights.key_bias
+            )
+            k = rotate(k, cos, sin)
+            v = torch.einsum("blr,hdr->bhld", values.to(hidden.dtype), weights.value_up)
+            causal = mask is None and past == 0
+            if not causal:
+                mask = _allowed(mask, past, n_new, hidden)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=spec.group > 1
+            )
+        if weights.value_bias is not None:
+            # The probabilities sum to 1, so the bias passes through attention unchanged.
+            out = out + weights.value_bias.repeat_interleave(spec.group, 0)[:, None, :]
+        return self.module.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _layer(self, cache: Any) -> LatentLayer:
+        """This layer's latents; an empty layer of a plain dynamic cache is replaced."""
+        while len(cache.layers) <= self.index:
+            cache.layers.append(cache.layer_class_to_replicate())
+        layer = cache.layers[self.index]
+        if not isinstance(layer, LatentLayer):
+            if layer.get_seq_length() > 0 or layer.get_max_length() >= 0:
+                raise RuntimeError(
+                    f"layer {self.index}: this cache holds dense keys or is of a fixed size; "
+                    "start from an empty one (subject.new_cache())"
+                )
+            layer = cache.layers[self.index] = LatentLayer(self.store_dtype)
+        return layer
+
+
+def _allowed(
+    mask: torch.Tensor | None, past: int, n_new: int, like: torch.Tensor
+) -> torch.Tensor:
+    """Bool ``[B, heads, n_new, past + n_new]``: where new tokens may attend; causal when no mask is given."""
+    if mask is None:
+        slot = torch.arange(past + n_new, device=like.device)
+        seen = slot[None, :] <= slot[past:, None]
+        return seen.expand(like.shape[0], 1, -1, -1)
+    mask = mask[..., : past + n_new]
+    return mask if mask.dtype == torch.bool else mask == 0

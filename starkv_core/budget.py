@@ -1,0 +1,142 @@
+"""Bytes of a cache: predicted here, measured in :mod:`starkv_core.cache`; a test holds them equal.
+
+Everything stored counts (docs/design.md section 4): latents, slots allocated ahead, layers left
+dense, sliding windows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starkv_core.errors import UserError
+from starkv_core.models.spec import ModelSpec
+from starkv_core.rank_map import RankMap
+
+BYTES_PER_NUMBER = 2  # latents and dense layers alike are stored in 16 bits
+GROWTH = 256  # slots by which a cache layer grows; those not yet filled count as stored
+
+
+def slots(tokens: int) -> int:
+    """Slots a growing cache layer holds for ``tokens`` tokens."""
+    return -(-tokens // GROWTH) * GROWTH
+
+
+def numbers_per_token(spec: ModelSpec, ranks: RankMap) -> int:
+    """Numbers cached per token over ALL layers."""
+    dense = 2 * spec.kv_width
+    return sum(dense if layer is None else layer.total for layer in ranks.layers)
+
+
+def bytes_per_token(spec: ModelSpec, ranks: RankMap) -> int:
+    """Bytes cached per token over all layers, a sliding window counted as if it were full length."""
+    return numbers_per_token(spec, ranks) * BYTES_PER_NUMBER
+
+
+def predict_bytes(
+    spec: ModelSpec,
+    ranks: RankMap,
+    tokens: int,
+    batch: int = 1,
+    *,
+    itemsize: int = BYTES_PER_NUMBER,
+) -> int:
+    """Bytes that a cache of ``tokens`` tokens a row holds, allocated slots included.
+
+    Args:
+        itemsize: bytes per stored number.
+    """
+    total = 0
+    for i, layer in enumerate(ranks.layers):
+        if layer is not None:
+            total += layer.total * slots(tokens)
+        elif i in spec.windows:
+            total += 2 * spec.kv_width * min(tokens, spec.windows[i] - 1)
+        else:
+            total += 2 * spec.kv_width * slots(tokens)
+    return total * batch * itemsize
+
+
+def cache_ratio(spec: ModelSpec, ranks: RankMap) -> float:
+    """Dense bytes over stored bytes per token, all layers counted."""
+    return spec.dense_bytes_per_token / bytes_per_token(spec, ranks)
+
+
+def paper_rate(spec: ModelSpec, ranks: RankMap) -> float:
+    """The paper's rate: share removed in the compressed layers alone."""
+    stored = [layer.total for layer in ranks.layers if layer is not None]
+    return 1.0 - sum(stored) / (len(stored) * 2 * spec.kv_width) if stored else 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on stored numbers per token over the compressed layers.
+
+    Attributes:
+        numbers: most numbers per token that the compressed layers may store together.
+        compressed: indices of the layers that share them.
+        bytes_per_token: the same limit as whole-cache bytes, dense layers included.
+    """
+
+    numbers: int
+    compressed: tuple[int, ...]
+    bytes_per_token: float
+
+
+def resolve_budget(
+    spec: ModelSpec,
+    *,
+    ratio: float | None = None,
+    bytes_limit: float | None = None,
+    fit: tuple[int, int] | None = None,
+    fit_batch: int = 1,
+    skip_layers: tuple[int, ...] = (),
+) -> Budget:
+    """Turn a user's budget into numbers per token for the compressed layers.
+
+    Args:
+        ratio: whole-cache ratio to the dense 16-bit cache.
+        bytes_limit: bytes per token over all layers.
+        fit: ``(tokens, bytes)``: this context in this much memory, for ``fit_batch`` rows.
+        skip_layers: layers to leave dense, negative ones counted from the end.
+
+    Raises:
+        UserError: the budget cannot be met, with the floor, or does not shrink anything.
+    """
+    skipped = set()
+    for index in skip_layers:
+        if not -spec.n_layers <= index < spec.n_layers:
+            raise UserError(
+                f"start.skip_layers: layer {index} does not exist (the model has {spec.n_layers})"
+            )
+        skipped.add(index % spec.n_layers)
+    compressed = tuple(
+        i for i in range(spec.n_layers) if i not in skipped and i not in spec.dense_reasons
+    )
+    if not compressed:
+        reasons = "; ".join(sorted(set(spec.dense_reasons.values()))) or "all layers are skipped"
+        raise UserError(f"no layer is left to compress: {reasons}")
+
+    dense = spec.dense_bytes_per_token
+    if ratio is not None:
+        limit, asked = dense / ratio, f"ratio {ratio:g}"
+    elif bytes_limit is not None:
+        limit, asked = float(bytes_limit), f"{bytes_limit:g} bytes per token"
+    elif fit is not None:
+        tokens, memory = fit
+        limit = memory / (slots(tokens) * fit_batch)
+        asked = f"{tokens} tokens x {fit_batch} in {memory} bytes"
+    else:
+        raise UserError("budget: give one of ratio, bytes_per_token, fit")
+
+    kept_dense = (spec.n_layers - len(compressed)) * 2 * spec.kv_width
+    numbers = int(limit / BYTES_PER_NUMBER + 1e-9) - kept_dense
+    floor = len(compressed) * (spec.n_kv_heads + 1)
+    full = len(compressed) * (spec.n_kv_heads * spec.key_rank + spec.value_rank)
+    if numbers < floor:
+        least = (floor + kept_dense) * BYTES_PER_NUMBER
+        raise UserError(
+            f"budget: {asked} is below the floor: every head keeps a rank of 1 and "
+            f"{spec.n_layers - len(compressed)} layers stay dense, which takes {least} bytes per "
+            f"token (ratio {dense / least:.2f}); raise the budget"
+        )
+    return Budget(min(numbers, full), compressed, limit)

@@ -1,0 +1,208 @@
+"""The compressed cache: a transformers ``Cache`` that stores latents and nothing else.
+
+Three kinds of layer stand in one cache: :class:`LatentLayer` for compressed layers,
+:class:`DenseLayer` for layers kept dense, :class:`WindowLayer` for sliding windows. All store 16-bit
+numbers whatever the model computes in, grow in place by blocks, and move every stored row alike on
+beam reorder, batch selection and crop (docs/design.md, traps 11 and 14).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+)
+
+from starkv_core.budget import slots
+from starkv_core.models.spec import ModelSpec
+from starkv_core.rank_map import RankMap
+
+
+class _GrowingLayer(CacheLayerMixin):
+    """Two buffers ``[B, slots, width]`` of which the first ``length`` slots are filled."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate for the first rows ``[B, L, width]``."""
+        self.device = key_states.device
+        room = slots(key_states.shape[1])
+        self.keys = self._buffer(key_states, room)
+        self.values = self._buffer(value_states, room)
+        self.is_initialized = True
+
+    def _buffer(self, rows: torch.Tensor, room: int) -> torch.Tensor:
+        return torch.empty(
+            (rows.shape[0], room, rows.shape[-1]), dtype=self.dtype, device=rows.device
+        )
+
+    def append(
+        self, key_rows: torch.Tensor, value_rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store ``[B, L, width]`` rows in place; returns views of all filled slots."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_rows, value_rows)
+        stop = self.length + key_rows.shape[1]
+        if stop > self.keys.shape[1]:
+            self.keys = self._grown(self.keys, stop)
+            self.values = self._grown(self.values, stop)
+        self.keys[:, self.length : stop] = key_rows
+        self.values[:, self.length : stop] = value_rows
+        self.length = stop
+        return self.keys[:, :stop], self.values[:, :stop]
+
+    def _grown(self, buffer: torch.Tensor, tokens: int) -> torch.Tensor:
+        bigger = self._buffer(buffer, slots(tokens))
+        bigger[:, : self.length] = buffer[:, : self.length]
+        return bigger
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+    def get_seq_length(self) -> int:
+        """Filled slots."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what the next ``query_length`` tokens attend to."""
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything, buffers included."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove ``-tokens_to_remove`` tokens from the end (a negative number, as transformers has it).
+
+        A positive number is transformers' older meaning: the length to keep.
+        """
+        if tokens_to_remove > 0:
+            self.length = min(self.length, tokens_to_remove)
+        else:
+            self.length = max(0, self.length + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes row ``beam_idx[i]``."""
+        self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times."""
+        self._rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``."""
+        self._rows(lambda t: t[indices.to(t.device)])
+
+    def _rows(self, change: Any) -> None:
+        if self.is_initialized:
+            self.keys, self.values = change(self.keys), change(self.values)
+
+
+class LatentLayer(_GrowingLayer):
+    """Latents of one compressed layer: keys ``[B, L, sum of key ranks]``, values ``[B, L, r_v]``."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse dense keys: only compressed attention may fill this layer."""
+        raise RuntimeError(
+            "this cache layer holds latents, but dense attention tried to fill it: run the model "
+            "inside `with subject.active():`"
+        )
+
+
+class DenseLayer(_GrowingLayer):
+    """Keys and values ``[B, H_kv, L, D]`` of a layer left dense, stored as rows of ``H_kv * D``."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append ``[B, H_kv, L, D]``; returns all, in the dtype of the new states."""
+        heads, dim = key_states.shape[1], key_states.shape[-1]
+        keys, values = self.append(
+            key_states.transpose(1, 2).flatten(2), value_states.transpose(1, 2).flatten(2)
+        )
+        return (
+            keys.to(key_states.dtype).unflatten(-1, (heads, dim)).transpose(1, 2),
+            values.to(value_states.dtype).unflatten(-1, (heads, dim)).transpose(1, 2),
+        )
+
+
+class WindowLayer(DynamicSlidingWindowLayer):
+    """transformers' sliding window, stored in 16 bits."""
+
+    def __init__(self, sliding_window: int, dtype: torch.dtype) -> None:
+        super().__init__(sliding_window)
+        self.store_dtype = dtype
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append and return the window, in the dtype of the new states."""
+        keys, values = super().update(
+            key_states.to(self.store_dtype), value_states.to(self.store_dtype), *args, **kwargs
+        )
+        # The base class keeps a view, which would hold every token ever seen.
+        self.keys, self.values = self.keys.clone(), self.values.clone()
+        return keys.to(key_states.dtype), values.to(value_states.dtype)
+
+
+class LatentCache(Cache):
+    """Cache of a compressed (or, with no rank map, a dense) model for ``generate`` and ``forward``.
+
+    Args:
+        spec: the model.
+        ranks: which layers hold latents; None for all dense.
+        dtype: 16-bit dtype of what is stored; float32 is accepted for tests of exactness.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, ranks: RankMap | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        self.spec = spec
+        layers: list[CacheLayerMixin] = []
+        for i in range(spec.n_layers):
+            if ranks is not None and ranks.layers[i] is not None:
+                layers.append(LatentLayer(dtype))
+            elif i in spec.windows:
+                layers.append(WindowLayer(spec.windows[i], dtype))
+            else:
+                layers.append(DenseLayer(dtype))
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors held now, slots allocated ahead included."""
+        held = (t for layer in self.layers for t in (layer.keys, layer.values) if t is not None)
+        return sum(t.untyped_storage().nbytes() for t in held)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of a dense 16-bit cache of as many tokens and rows, with nothing allocated ahead."""
+        rows = next((layer.keys.shape[0] for layer in self.layers if layer.keys is not None), 0)
+        return rows * self.get_seq_length() * self.spec.dense_bytes_per_token
+
+    def latent_tokens(self) -> list[int]:
+        """Tokens held by each compressed layer; empty when there is none."""
+        return [layer.length for layer in self.layers if isinstance(layer, LatentLayer)]
+
+

@@ -1,0 +1,549 @@
+"""The calibration: ranks under the budget, the exact budget, recovery (docs/design.md section 2).
+
+1. Ranks: factors and thresholds train together. ``star`` holds the stored bytes to a falling limit by
+   shifting all thresholds by the multiplier that meets it; ``paper`` adds ``gamma * sum exp(-alpha)``.
+2. Exact budget: of all components the ones furthest above their thresholds stay, as many as the
+   budget allows, never more.
+3. Recovery: thresholds are frozen and the factors train on by distillation alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from starkv_core.artifacts import (
+    new_manifest,
+    new_run_dir,
+    read_manifest,
+    write_manifest,
+    write_text_atomic,
+    write_yaml_atomic,
+)
+from starkv_core.budget import (
+    Budget,
+    bytes_per_token,
+    cache_ratio,
+    paper_rate,
+    resolve_budget,
+)
+from starkv_core.calibrate.allocation import take_best
+from starkv_core.calibrate.distill import distillation_loss
+from starkv_core.calibrate.start import build_start, gate_settings, group_sizes
+from starkv_core.calibrate.state import load_start, load_state, save_start, save_state
+from starkv_core.calibrate.student import Student, checkpointed
+from starkv_core.data.corpus import documents
+from starkv_core.data.packing import pack
+from starkv_core.errors import RunFailure, UserError
+from starkv_core.factors import TrainedFactors
+from starkv_core.models.load import LoadedModel, load
+from starkv_core.models.spec import ModelSpec
+from starkv_core.progress import SILENT, Progress
+from starkv_core.rank_map import LayerRanks
+from starkv_core.recipe import Recipe, load_recipe
+from starkv_core.run import (
+    FACTORS,
+    RANKS,
+    Subject,
+    check_base,
+    deployed_subject,
+    read_ranks,
+    read_trained,
+    write_factors,
+    write_ranks,
+)
+
+RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
+_CHECK_SEQUENCES = 4  # kept out of training, to measure the exported model on
+_MICRO_TOKENS = 4096  # tokens that go through the model at once
+_SQUEEZE = 0.7  # share of the rank steps after which the limit has come down to the budget
+_SLACK_START = 0.8  # where it starts, between the budget (0) and all stored components (1)
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """What a calibration (or an export) made.
+
+    Attributes:
+        run_dir: the run folder.
+        method: recipe method.
+        bytes_per_token, dense_bytes_per_token: of the whole cache, all layers.
+        ratio: dense over stored.
+        paper_rate: share removed in compressed layers alone, the paper's figure.
+        kl: mean KL of the deployed model to the base model on text kept out of training, in nats;
+            None after an export.
+        seconds: of training; tokens trained on; tokens per second; peak_memory in bytes on a GPU.
+    """
+
+    run_dir: str
+    method: str
+    bytes_per_token: int
+    dense_bytes_per_token: int
+    ratio: float
+    paper_rate: float
+    kl: float | None
+    seconds: float
+    tokens: int
+    tokens_per_second: float | None
+    peak_memory: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain form for JSON."""
+        return asdict(self)
+
+
+def load_for(recipe: Recipe, device: str | None = None) -> LoadedModel:
+    """The base model that a recipe names."""
+    m = recipe.model
+    return load(
+        m.name,
+        dtype=m.dtype,
+        device=device,
+        device_map=m.device_map,
+        revision=m.revision,
+        trust_remote_code=m.trust_remote_code,
+    )
+
+
+def budget_for(recipe: Recipe, spec: ModelSpec) -> Budget:
+    """The recipe's budget for a model; also checks what else depends on the model's shape.
+
+    Raises:
+        UserError: impossible budget, sequence too long, groups that do not divide the heads.
+    """
+    if recipe.data.length > spec.max_positions:
+        raise UserError(
+            f"data.length: {recipe.data.length} tokens, but the model's context is "
+            f"{spec.max_positions}; lower data.length"
+        )
+    b = recipe.budget
+    budget = resolve_budget(
+        spec,
+        ratio=b.ratio,
+        bytes_limit=b.bytes_per_token,
+        fit=None if b.fit is None else (b.fit_tokens, b.fit_bytes),
+        fit_batch=b.batch,
+        skip_layers=recipe.start.skip_layers,
+    )
+    key_group, value_group = group_sizes(recipe.start, spec)
+    blocks = spec.n_kv_heads // key_group + spec.n_kv_heads // value_group
+    if budget.numbers < blocks * len(budget.compressed):
+        raise UserError("budget: below one rank per group and layer; raise the budget")
+    return budget
+
+
+def training_sequences(recipe: Recipe) -> int:
+    """Distinct sequences that training draws from."""
+    used = recipe.steps * recipe.batch
+    return min(used, recipe.data.sequences) if recipe.data.sequences else used
+
+
+def calibration_tokens(recipe: Recipe, tokenizer: Any) -> torch.Tensor:
+    """int64 ``[N, L]``: first those kept out of training, then those for statistics and training."""
+    d = recipe.data
+    count = _CHECK_SEQUENCES + max(recipe.start.sequences, training_sequences(recipe))
+    return pack(
+        tokenizer, documents(d.source, d.config, d.split, d.field), d.length, count, recipe.seed
+    )
+
+
+def run_calibration(
+    recipe: Recipe | None,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    device: str | None = None,
+    progress: Progress = SILENT,
+) -> CalibrationResult:
+    """Calibrate a model as a recipe says and write a run folder.
+
+    Args:
+        recipe: None only with ``resume``: the run's own recipe is used.
+        out: run folder; must not exist, or with ``resume`` be an interrupted (or finished) run.
+        resume: go on from the last saved state.
+        device: where to compute; None picks a GPU where there is one.
+        progress: where progress is shown.
+
+    Raises:
+        UserError: anything wrong with recipe, model, budget, data or folder, before training.
+        RunFailure: the loss is not finite.
+    """
+    run_dir = Path(out)
+    if resume:
+        new_run_dir(run_dir, resume=True)
+        stored = load_recipe(run_dir / RECIPE)
+        if recipe is not None and recipe.to_dict() != stored.to_dict():
+            raise UserError(
+                f"{run_dir}: was started with another recipe than the one given; "
+                "leave --recipe and --set out to resume it, or give another --out"
+            )
+        recipe = stored
+    elif recipe is None:
+        raise UserError("a recipe is needed: --recipe NAME or PATH")
+    elif run_dir.exists():
+        new_run_dir(run_dir, resume=False)
+
+    loaded = load_for(recipe, device)
+    budget = budget_for(recipe, loaded.spec)
+    tokens = calibration_tokens(recipe, loaded.tokenizer)
+    if resume:
+        manifest = read_manifest(run_dir)
+        check_base(run_dir, manifest["base_model"], loaded)
+        if FACTORS in manifest["files"]:
+            return CalibrationResult(**manifest["calibration"])
+    else:
+        new_run_dir(run_dir, resume=False)
+        write_yaml_atomic(run_dir / RECIPE, recipe.to_dict())
+        base = {
+            "name": None if recipe.model.name is None else str(recipe.model.name),
+            "revision": recipe.model.revision,
+            "fingerprint": loaded.fingerprint,
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+        }
+        manifest = write_manifest(run_dir, new_manifest(base, recipe.seed), [RECIPE])
+    return _Calibration(recipe, run_dir, loaded, budget, tokens, progress).run(manifest)
+
+
+class _Calibration:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        loaded: LoadedModel,
+        budget: Budget,
+        tokens: torch.Tensor,
+        progress: Progress,
+    ) -> None:
+        self.recipe, self.run_dir, self.loaded = recipe, run_dir, loaded
+        self.budget, self.progress = budget, progress
+        self.check = tokens[:_CHECK_SEQUENCES]
+        self.pool = tokens[_CHECK_SEQUENCES:]
+        self.head = loaded.model.get_output_embeddings().weight
+
+    def run(self, manifest: dict[str, Any]) -> CalibrationResult:
+        began = time.monotonic()
+        if self.loaded.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        layers = load_start(self.run_dir, self.loaded)
+        if layers is None:
+            rows = self.pool[: self.recipe.start.sequences]
+            layers = build_start(self.loaded, self.recipe, self.budget, rows, self.progress)
+            if self.recipe.steps:
+                save_start(self.run_dir, layers)
+        self.student = Student(self.loaded, layers, gate_settings(self.recipe))
+        rate = self.train() if self.recipe.steps else None
+        return self.finish(manifest, time.monotonic() - began, rate)
+
+    # -- training ------------------------------------------------------------------------------
+
+    def train(self) -> float:
+        """Phases 1 to 3 from wherever the saved state stands; returns tokens per second."""
+        recipe = self.recipe
+        self.frozen = recipe.rank_steps == 0
+        self.shift = 0.0
+        if self.frozen and recipe.method == "paper":
+            self.freeze()
+        self.optimizer = self.make_optimizer()
+        done = 0
+        state = load_state(self.run_dir, self.student, self.optimizer)
+        if state is not None:
+            done, self.frozen, self.shift = state["step"], state["frozen"], state["shift"]
+        self.truncate_metrics(done)
+        for alpha in self.alphas():
+            alpha.requires_grad_(not self.frozen)
+        began, first = time.monotonic(), done
+        with (
+            checkpointed(self.loaded.model, recipe.optim.checkpointing),
+            self.progress.task("calibration", recipe.steps, "steps") as task,
+        ):
+            task.advance(done)
+            for step in range(done, recipe.steps):
+                loss = self.step(step)
+                if not self.frozen and self.ranks_are_done(step):
+                    self.freeze()
+                self.record(step, loss)
+                if (step + 1) % recipe.optim.checkpoint_every == 0 or step + 1 == recipe.steps:
+                    scalars = {"step": step + 1, "frozen": self.frozen, "shift": self.shift}
+                    save_state(self.run_dir, self.student, self.optimizer, scalars)
+                task.advance(1, kl=loss, ratio=self.ratio(), phase="recovery" if self.frozen else "ranks")
+        seconds = max(time.monotonic() - began, 1e-9)
+        return (recipe.steps - first) * recipe.batch * recipe.data.length / seconds
+
+    def factors(self) -> Iterator[TrainedFactors]:
+        for layer in self.student.by_layer().values():
+            yield from (layer.keys, layer.values)
+
+    def alphas(self) -> list[torch.nn.Parameter]:
+        return [f.alpha for f in self.factors()]
+
+    def make_optimizer(self) -> torch.optim.AdamW:
+        """AdamW over factors and thresholds; ``lr_relative`` scales by each tensor's own size."""
+        o = self.recipe.optim
+        groups: list[dict[str, Any]] = []
+        for f in self.factors():
+            sizes = {"up": _rms(f.up), "down": _rms(f.down)}
+            if f.bias is not None:
+                # A bias may start at zero; its scale is that of the outputs it is added to.
+                sizes["bias"] = float((f.up * f.sigma).detach().square().sum(1).mean().sqrt())
+            for name, size in sizes.items():
+                lr = o.lr * size if o.lr_relative else o.lr
+                decay = 0.0 if name == "bias" else o.weight_decay
+                groups.append({"params": [getattr(f, name)], "base_lr": lr, "weight_decay": decay})
+        groups.append({"params": self.alphas(), "base_lr": o.threshold_lr, "weight_decay": 0.0})
+        fused = self.loaded.device.type == "cuda"
+        return torch.optim.AdamW(
+            groups, lr=o.lr, betas=(o.beta1, o.beta2), fused=fused, foreach=None if fused else False
+        )
+
+    def step(self, step: int) -> float:
+        """One optimiser step; returns the mean KL before it."""
+        recipe = self.recipe
+        scale = _schedule(step, recipe.steps, recipe.optim.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * scale
+        shift: torch.Tensor | float = self.shift
+        if not self.frozen and recipe.method == "star":
+            shift = self.multiplier(step)
+            self.shift = float(shift)
+        rows = self.batch(step)
+        size = max(1, _MICRO_TOKENS // recipe.data.length)
+        pieces = rows.split(size)
+        total = 0.0
+        for n, piece in enumerate(pieces):
+            piece = piece.to(self.loaded.device)
+            with torch.no_grad():
+                teacher = self.loaded.model.model(piece, use_cache=False)[0]
+            with self.student.active(shift) as model:
+                student = model.model(piece, use_cache=False)[0]
+                kl = distillation_loss(student, teacher, self.head) * (len(piece) / len(rows))
+                loss = kl
+                if n == 0 and not self.frozen and recipe.method == "paper":
+                    loss = kl + recipe.optim.gamma * self.rank_loss()
+                # The graph of the multiplier is shared by all pieces of the batch.
+                loss.backward(retain_graph=n + 1 < len(pieces))
+            total += float(kl.detach())
+        if not math.isfinite(total):
+            raise RunFailure(
+                f"the loss is not finite at step {step + 1}; lower optim.lr, then "
+                f"`starkv calibrate` anew (the last good state is in {self.run_dir})"
+            )
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), recipe.optim.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def batch(self, step: int) -> torch.Tensor:
+        """Rows of a step: the pool in an order that depends on the seed and the pass alone."""
+        count = training_sequences(self.recipe)
+        picked = []
+        for n in range(step * self.recipe.batch, (step + 1) * self.recipe.batch):
+            generator = torch.Generator().manual_seed(self.recipe.seed * 1000003 + n // count)
+            picked.append(int(torch.randperm(count, generator=generator)[n % count]))
+        return self.pool[picked]
+
+    def rank_loss(self) -> torch.Tensor:
+        """The paper's ``sum exp(-alpha)`` over key heads and layers."""
+        return torch.stack([a.neg().exp().sum().to(self.loaded.device) for a in self.alphas()]).sum()
+
+    def multiplier(self, step: int) -> torch.Tensor:
+        """The shift of all thresholds at which the soft ranks meet this step's limit.
+
+        It is the exact multiplier of the byte constraint, and carries its gradient: moving one
+        threshold up lets all others down.
+        """
+        everything = sum(sum(f.counts) for f in self.factors())
+        fallen = min(1.0, (step + 1) / max(1.0, _SQUEEZE * self.recipe.rank_steps))
+        over = (1.0 - fallen) * _SLACK_START * max(0, everything - self.budget.numbers)
+        limit = self.budget.numbers + over
+        settings = self.student.settings
+        levels = torch.cat([torch.cat(f.levels(settings)).cpu() for f in self.factors()])
+        low, high = -30.0, 30.0
+        for _ in range(50):
+            mid = 0.5 * (low + high)
+            soft = torch.tanh(settings.slope * (levels - mid)).clamp_min(0).sum()
+            low, high = (mid, high) if float(soft) > limit else (low, mid)
+        at = torch.tensor(0.5 * (low + high), device=self.loaded.device)
+        alphas = self.alphas()
+        slopes = torch.autograd.grad(self.student.soft_numbers(at), alphas)
+        steepness = sum(float(s.sum()) for s in slopes)
+        if steepness == 0.0:
+            return at
+        for slope, alpha in zip(slopes, alphas, strict=True):
+            moved = (slope * (alpha - alpha.detach())).sum() / steepness
+            at = at - moved.to(at.device)
+        return at
+
+    def ranks_are_done(self, step: int) -> bool:
+        """Whether phase 1 ends after this step; the paper's ends early once the budget is met."""
+        if step + 1 >= self.recipe.rank_steps:
+            return True
+        return self.recipe.method == "paper" and self.student.numbers() <= self.budget.numbers
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Phase 2: settle the ranks on the budget exactly and freeze the thresholds."""
+        settings = self.student.settings
+        found = list(self.factors())
+        for f in found:
+            f.alpha += self.shift
+        self.shift = 0.0
+        scores = [level for f in found for level in f.levels(settings)]
+        ranks = iter(take_best(scores, self.budget.numbers))
+        for layer in self.student.by_layer().values():
+            layer.set_ranks(
+                LayerRanks(
+                    tuple(next(ranks) for _ in range(layer.keys.blocks)),
+                    tuple(next(ranks) for _ in range(layer.values.blocks)),
+                ),
+                settings,
+            )
+        self.frozen = True
+        for alpha in self.alphas():
+            alpha.requires_grad_(False)
+
+    # -- records -------------------------------------------------------------------------------
+
+    def ratio(self) -> float:
+        return cache_ratio(self.loaded.spec, self.student.ranks())
+
+    def record(self, step: int, loss: float) -> None:
+        line = {
+            "step": step + 1,
+            "phase": "recovery" if self.frozen else "ranks",
+            "kl": loss,
+            "numbers": self.student.numbers(),
+            "shift": self.shift,
+        }
+        with open(self.run_dir / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def truncate_metrics(self, done: int) -> None:
+        """Drop records of steps that a resumed run will take again."""
+        path = self.run_dir / METRICS
+        if path.is_file():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= done:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError):
+                    break  # cut off in the middle by a kill
+            write_text_atomic(path, "".join(kept))
+
+    # -- export --------------------------------------------------------------------------------
+
+    def finish(
+        self, manifest: dict[str, Any], seconds: float, rate: float | None
+    ) -> CalibrationResult:
+        on_gpu = self.loaded.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        subject = export(self.run_dir, self.student)
+        result = _result(
+            subject,
+            self.recipe.method,
+            kl=deployed_kl(subject, self.check),
+            seconds=seconds,
+            tokens=self.recipe.steps * self.recipe.batch * self.recipe.data.length,
+            tokens_per_second=rate,
+            peak_memory=peak,
+        )
+        write_manifest(
+            self.run_dir, {**manifest, "calibration": result.to_dict()}, [FACTORS]
+        )
+        shutil.rmtree(self.run_dir / "calibration", ignore_errors=True)
+        return result
+
+
+def export(run_dir: Path, student: Student) -> Subject:
+    """Fold a student and write ``ranks.yaml`` and the factors; returns the deployed model."""
+    loaded = student.loaded
+    layers = student.by_layer()
+    folded = {i: layer.fold(student.settings) for i, layer in layers.items()}
+    ranks = student.ranks()
+    write_ranks(run_dir, ranks)
+    write_factors(run_dir, ranks, folded, layers, student.settings, loaded.dtype)
+    return deployed_subject(loaded, ranks, folded, run_dir)
+
+
+def export_run(run_dir: str | Path, device: str | None = None) -> CalibrationResult:
+    """Fold the factors again for an edited ``ranks.yaml``, without training.
+
+    Raises:
+        UserError: no finished run, or ranks that the stored components cannot give.
+    """
+    run_dir = Path(run_dir)
+    manifest = read_manifest(run_dir)
+    if FACTORS not in manifest["files"]:
+        raise UserError(f"{run_dir}: calibration has not finished; there is nothing to export")
+    ranks = read_ranks(run_dir)
+    recipe = load_recipe(run_dir / RECIPE)
+    loaded = load_for(recipe, device)
+    check_base(run_dir, manifest["base_model"], loaded)
+    ranks.check(loaded.spec, f"{run_dir}/{RANKS}")
+    layers, settings = read_trained(run_dir, loaded, manifest["files"][FACTORS])
+    wanted = {i for i, layer in enumerate(ranks.layers) if layer is not None}
+    if wanted - layers.keys():
+        raise UserError(
+            f"{run_dir}/{RANKS}: layers {sorted(wanted - layers.keys())} were left dense in "
+            "training and have no factors"
+        )
+    kept = {i: layer for i, layer in layers.items() if i in wanted}
+    for i, layer in kept.items():
+        layer_ranks = ranks.layers[i]
+        if layer_ranks is not None:
+            layer.set_ranks(layer_ranks, settings)
+    subject = export(run_dir, Student(loaded, kept, settings))
+    result = _result(
+        subject, recipe.method, kl=None, seconds=0.0, tokens=0, tokens_per_second=None, peak_memory=None
+    )
+    write_manifest(run_dir, {**manifest, "calibration": result.to_dict()}, [FACTORS])
+    return result
+
+
+@torch.inference_mode()
+def deployed_kl(subject: Subject, rows: torch.Tensor) -> float:
+    """Mean KL of the deployed model to its base model over ``rows [N, L]``, through its cache."""
+    head = subject.model.get_output_embeddings().weight
+    total = 0.0
+    for row in rows:
+        ids = row[None].to(subject.device)
+        teacher = subject.model.model(ids, use_cache=False)[0]
+        with subject.active() as model:
+            hidden = model.model(ids, past_key_values=subject.new_cache(), use_cache=True)[0]
+        total += float(distillation_loss(hidden, teacher, head))
+    return total / len(rows)
+
+
+def _result(subject: Subject, method: str, **rest: Any) -> CalibrationResult:
+    if subject.ranks is None:
+        raise ValueError("a dense model is no result")
+    return CalibrationResult(
+        run_dir=str(subject.run_dir),
+        method=method,
+        bytes_per_token=bytes_per_token(subject.spec, subject.ranks),
+        dense_bytes_per_token=subject.spec.dense_bytes_per_token,
+        ratio=cache_ratio(subject.spec, subject.ranks),
+        paper_rate=paper_rate(subject.spec, subject.ranks),
+        **rest,
+    )
+
+
+def _schedule(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1.0 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def _rms(tensor: torch.Tensor) -> float:
+    return float(tensor.detach().square().mean().sqrt())

@@ -1,0 +1,169 @@
+"""Loading a base model: a folder, a hub id, or the embedded default."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from starkv_core import embedded
+from starkv_core.errors import UserError
+from starkv_core.models.family import Family, family_of
+from starkv_core.models.spec import ModelSpec
+
+EMBEDDED_NAME = "embedded"
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+_SAMPLE = 256  # numbers of each tensor that enter the fingerprint
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen base model in evaluation mode.
+
+    Attributes:
+        model: transformers causal language model; parameters do not require gradients.
+        tokenizer: its tokenizer.
+        spec: shape of its attention.
+        family: its adapter.
+        name: folder, hub id or ``embedded``.
+        fingerprint: hash of its weights (:func:`fingerprint`).
+    """
+
+    model: Any
+    tokenizer: Any
+    spec: ModelSpec
+    family: Family
+    name: str
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the embedding, where inputs go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the model computes."""
+        return self.model.get_input_embeddings().weight.dtype
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash that tells two sets of weights apart, whatever dtype they were loaded in.
+
+    Every parameter enters with its name, shape and a strided sample of values rounded to bfloat16.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        stride = max(1, flat.numel() // _SAMPLE)
+        sample = flat[::stride][:_SAMPLE].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def load(
+    name: str | None,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a base model for compression or as a dense baseline.
+
+    Args:
+        name: folder or hub id; None for the embedded model.
+        dtype: ``auto`` (the checkpoint's, but float32 on a CPU, where 16-bit products are slow),
+            ``bfloat16``, ``float16`` or ``float32``.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None picks a GPU where there is one.
+        device_map: as in transformers; excludes ``device``.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: as in transformers.
+
+    Raises:
+        UserError: nothing there, an unsupported architecture, pickled weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    label = name or EMBEDDED_NAME
+    source = str(embedded.MODEL_DIR) if name in (None, EMBEDDED_NAME) else str(name)
+    local = Path(source).is_dir()
+    if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise UserError(f"{label}: no such model folder")
+    common = {
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": local,
+    }
+    try:
+        config = AutoConfig.from_pretrained(source, **common)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{label}: no usable model config: {_first_line(error)}") from error
+    family = family_of(config, label)
+
+    if device_map is None:
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"device {device!r}: no GPU that torch can use; use --device cpu")
+        on_cpu = target.type == "cpu"
+        placement: Any = {"": str(target)} if target.type != "cpu" else None
+    else:
+        on_cpu, placement = False, device_map
+    if dtype == "auto":
+        torch_dtype: Any = torch.float32 if on_cpu else "auto"
+    elif dtype in _DTYPES:
+        torch_dtype = _DTYPES[dtype]
+    else:
+        raise UserError(f"dtype {dtype!r}: use auto, {', '.join(_DTYPES)}")
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch_dtype,
+            device_map=placement,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            **common,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"{label}: cannot load it (safetensors weights and a tokenizer are needed): "
+            f"{_first_line(error)}"
+        ) from error
+    if any(p.is_meta for p in model.parameters()):
+        raise UserError(
+            f"{label}: device_map moved weights off the GPUs (offloading); "
+            "use a device_map that keeps every layer on a GPU"
+        )
+    return prepare(model, tokenizer, label, family)
+
+
+def prepare(model: Any, tokenizer: Any, name: str, family: Family | None = None) -> LoadedModel:
+    """Wrap a live transformers model: frozen, in evaluation mode, with its spec."""
+    family = family or family_of(model.config, name)
+    model.requires_grad_(False)
+    model.eval()
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        spec=family.spec(family.rope(model)),
+        family=family,
+        name=name,
+        fingerprint=fingerprint(model),
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,300 @@
+"""A run folder on disk, and a model ready to use, dense or compressed (docs/design.md section 7)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from starkv_core.artifacts import (
+    MANIFEST,
+    read_manifest,
+    read_safetensors,
+    read_yaml,
+    save_safetensors_atomic,
+    write_yaml_atomic,
+)
+from starkv_core.attention import LatentWeights, RopeTables
+from starkv_core.cache import LatentCache
+from starkv_core.errors import UserError
+from starkv_core.factors import (
+    FOLDED_TENSORS,
+    FoldedLayer,
+    GateSettings,
+    TrainedLayer,
+    layer_counts,
+    layer_tensors,
+    layers_from,
+)
+from starkv_core.models.load import LoadedModel, load
+from starkv_core.models.spec import ModelSpec
+from starkv_core.rank_map import LayerRanks, RankMap
+from starkv_core.surgery import compressed
+
+RANKS = "ranks.yaml"
+FACTORS = "factors.safetensors"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate or to chat with: a base model, compressed or not.
+
+    Attributes:
+        base: the frozen base model.
+        ranks: rank map, None when dense.
+        weights: deployed weights by layer; empty when dense.
+        run_dir: run folder, None when dense.
+        backend: of latent attention.
+        store_dtype: dtype of what the cache stores.
+    """
+
+    base: LoadedModel
+    ranks: RankMap | None = None
+    weights: Mapping[int, LatentWeights] = field(default_factory=dict)
+    run_dir: Path | None = None
+    backend: str = "reference"
+    store_dtype: torch.dtype = torch.bfloat16
+    tables: RopeTables | None = None
+
+    @property
+    def model(self) -> Any:
+        """The transformers model; compressed only inside :meth:`active`."""
+        return self.base.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self.base.tokenizer
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Its spec."""
+        return self.base.spec
+
+    @property
+    def name(self) -> str:
+        """Run folder or model."""
+        return str(self.run_dir) if self.run_dir is not None else self.base.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.base.device
+
+    @property
+    def compressed(self) -> bool:
+        """Whether any layer stores latents."""
+        return bool(self.weights)
+
+    @property
+    def max_positions(self) -> int:
+        """Longest context in tokens."""
+        return self.spec.max_positions
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Context in which the model runs compressed (for a dense subject, as it is)."""
+        return compressed(
+            self.base,
+            {i: (lambda w=w: w) for i, w in self.weights.items()},
+            store_dtype=self.store_dtype,
+            backend=self.backend,
+            tables=self.tables,
+        )
+
+    def new_cache(self) -> LatentCache:
+        """An empty cache for ``generate`` or ``forward`` inside :meth:`active`."""
+        return LatentCache(self.spec, self.ranks, self.store_dtype)
+
+
+def dense_of(subject: Subject) -> Subject:
+    """The dense baseline of a subject: same weights, no second copy."""
+    return Subject(subject.base, store_dtype=subject.store_dtype)
+
+
+def store_dtype_of(loaded: LoadedModel) -> torch.dtype:
+    """16-bit dtype in which caches of this model are stored: its own, or bfloat16 for float32."""
+    return loaded.dtype if loaded.dtype.itemsize == 2 else torch.bfloat16
+
+
+def dense_subject(loaded: LoadedModel) -> Subject:
+    """A plain base model as a subject."""
+    return Subject(loaded, store_dtype=store_dtype_of(loaded))
+
+
+def deployed_subject(
+    loaded: LoadedModel,
+    ranks: RankMap,
+    layers: Mapping[int, FoldedLayer],
+    run_dir: Path | None = None,
+    store_dtype: torch.dtype | None = None,
+) -> Subject:
+    """A compressed model from folded factors, in the dtype and on the devices of the base model."""
+    attentions = loaded.family.attentions(loaded.model)
+    weights = {
+        i: layer.weights(loaded.dtype, attentions[i].q_proj.weight.device)  # type: ignore[union-attr,arg-type]
+        for i, layer in layers.items()
+    }
+    return Subject(
+        loaded,
+        ranks,
+        weights,
+        run_dir,
+        store_dtype=store_dtype or store_dtype_of(loaded),
+        tables=RopeTables(loaded.spec.rope),
+    )
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a path is a run folder (finished or not)."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def open_subject(
+    run_or_model: str | None,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    model: str | None = None,
+) -> Subject:
+    """Open a run folder, a model folder or a hub id; None is the embedded model.
+
+    Args:
+        device, dtype: as in :func:`starkv_core.models.load`.
+        model: where the base model of a run lies now, if it has moved.
+
+    Raises:
+        UserError: not there, unfinished, damaged, or made for another base model.
+    """
+    if run_or_model is None or not is_run(run_or_model):
+        return dense_subject(load(run_or_model, dtype=dtype, device=device))
+    run_dir = Path(run_or_model)
+    manifest = read_manifest(run_dir)
+    if FACTORS not in manifest["files"]:
+        raise UserError(
+            f"{run_dir}: calibration has not finished; continue it with "
+            f"`starkv calibrate --resume --out {run_dir}`"
+        )
+    base = manifest["base_model"]
+    ranks = read_ranks(run_dir)
+    # Cheap faults first: the files are checked before the model is loaded.
+    layers = read_folded(run_dir, ranks, manifest["files"][FACTORS])
+    loaded = load(
+        model or base.get("name"), dtype=dtype, device=device, revision=base.get("revision")
+    )
+    check_base(run_dir, base, loaded)
+    ranks.check(loaded.spec, f"{run_dir}/{RANKS}")
+    return deployed_subject(loaded, ranks, layers, run_dir)
+
+
+def check_base(run_dir: Path, base: Mapping[str, Any], loaded: LoadedModel) -> None:
+    """Refuse a base model other than the one a run was made for."""
+    if base.get("fingerprint") != loaded.fingerprint:
+        raise UserError(
+            f"{run_dir}: made for other weights than {loaded.name} has "
+            f"(fingerprint {base.get('fingerprint')}, got {loaded.fingerprint}); "
+            "name the right base model with --model"
+        )
+
+
+def read_ranks(run_dir: Path) -> RankMap:
+    """The rank map of a run."""
+    path = run_dir / RANKS
+    return RankMap.from_dict(read_yaml(path), str(path))
+
+
+def write_ranks(run_dir: Path, ranks: RankMap) -> None:
+    """Write ``ranks.yaml``, fit to be edited by hand."""
+    write_yaml_atomic(
+        run_dir / RANKS,
+        ranks.to_dict(),
+        comment=(
+            "Ranks of every layer: one per key head, one for the values of all heads.\n"
+            f"After an edit: starkv calibrate --export {run_dir}"
+        ),
+    )
+
+
+def write_factors(
+    run_dir: Path,
+    ranks: RankMap,
+    folded: Mapping[int, FoldedLayer],
+    trained: Mapping[int, TrainedLayer],
+    settings: GateSettings,
+    dtype: torch.dtype,
+) -> None:
+    """Write folded factors (in ``dtype``) and the trained form (float32) they come from."""
+    tensors = {
+        f"folded.layers.{i}.{name}": tensor
+        for i, layer in folded.items()
+        for name, tensor in layer.tensors(dtype).items()
+    }
+    tensors |= {f"trained.{name}": tensor for name, tensor in layer_tensors(trained).items()}
+    metadata = {
+        "ranks": json.dumps(ranks.to_dict()["layers"]),
+        "heads": json.dumps({str(i): layer.heads for i, layer in folded.items()}),
+        "key_eps": json.dumps({str(i): layer.key_eps for i, layer in folded.items()}),
+        "counts": layer_counts(trained),
+        "gate": json.dumps(vars(settings)),
+    }
+    save_safetensors_atomic(run_dir / FACTORS, tensors, metadata)
+
+
+def read_folded(run_dir: Path, ranks: RankMap, sha256: str) -> dict[int, FoldedLayer]:
+    """Read the folded factors and hold them against the rank map.
+
+    Raises:
+        UserError: damaged, or of other ranks than ``ranks.yaml`` says.
+    """
+    path = run_dir / FACTORS
+    tensors, metadata = read_safetensors(path, sha256=sha256, prefix="folded.")
+    if json.loads(metadata.get("ranks", "null")) != ranks.to_dict()["layers"]:
+        raise UserError(
+            f"{run_dir}/{RANKS}: not the ranks of {FACTORS}; after an edit run "
+            f"`starkv calibrate --export {run_dir}`"
+        )
+    heads, eps = json.loads(metadata["heads"]), json.loads(metadata["key_eps"])
+    layers: dict[int, FoldedLayer] = {}
+    faults = []
+    for i, layer_ranks in enumerate(ranks.layers):
+        if layer_ranks is None:
+            continue
+        found = {name: tensors.get(f"folded.layers.{i}.{name}") for name in FOLDED_TENSORS}
+        fault = _rank_fault(layer_ranks, found)
+        if fault:
+            faults.append(f"layer {i}: {fault}")
+            continue
+        layers[i] = FoldedLayer(
+            ranks=layer_ranks,
+            heads=heads[str(i)],
+            key_eps=eps[str(i)],
+            **found,  # type: ignore[arg-type]
+        )
+    if faults:
+        raise UserError.many(f"{path}: damaged", faults)
+    return layers
+
+
+def read_trained(
+    run_dir: Path, loaded: LoadedModel, sha256: str
+) -> tuple[dict[int, TrainedLayer], GateSettings]:
+    """Read the trained form and the settings of its gates."""
+    path = run_dir / FACTORS
+    tensors, metadata = read_safetensors(path, sha256=sha256, prefix="trained.")
+    own = {name.removeprefix("trained."): tensor for name, tensor in tensors.items()}
+    layers = layers_from(loaded, own, metadata.get("counts", "{}"), str(path))
+    return layers, GateSettings(**json.loads(metadata["gate"]))
+
+
+def _rank_fault(ranks: LayerRanks, found: Mapping[str, torch.Tensor | None]) -> str | None:
+    for name, wanted in (("key", sum(ranks.keys)), ("value", sum(ranks.values))):
+        up, down = found[f"{name}_up"], found[f"{name}_down"]
+        if up is None or down is None or up.ndim != 2 or down.ndim != 2:
+            return f"{name} factors are missing or misshapen"
+        if up.shape[1] != wanted or down.shape[0] != wanted:
+            return f"{name} factors have rank {up.shape[1]} and {down.shape[0]}, the map says {wanted}"
+    return None

@@ -1,0 +1,160 @@
+"""Second moments that the decompositions need, gathered from a running dense model.
+
+Per layer, over all tokens of the calibration sequences (docs/design.md section 5):
+
+- ``E[y]`` and ``E[y y^T]`` of the attention input ``y``;
+- the same of the attention-mixed input ``yb_t = sum_s p_ts y_s`` over heads and positions;
+- the mean square of the queries before RoPE, per key head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from starkv_core.models.load import LoadedModel
+from starkv_core.progress import SILENT, Progress
+from triton_ops.latent_attention import rotate
+
+_ROWS = 512  # query rows whose attention probabilities are held at once
+
+
+@dataclass
+class LayerStatistics:
+    """Statistics of one layer, float32 on the CPU.
+
+    Attributes:
+        mean: ``[d]``, E[y].
+        moment: ``[d, d]``, E[y y^T].
+        mixed_mean, mixed_moment: the same of the attention-mixed input; zeros if not gathered.
+        query_energy: ``[H_kv, D]``, mean square of the queries, summed over each group.
+    """
+
+    mean: torch.Tensor
+    moment: torch.Tensor
+    mixed_mean: torch.Tensor
+    mixed_moment: torch.Tensor
+    query_energy: torch.Tensor
+
+    @staticmethod
+    def names() -> list[str]:
+        """Field names, in order."""
+        return [f.name for f in fields(LayerStatistics)]
+
+
+class _Accumulator:
+    """Sums for one layer, on its device, while the model runs."""
+
+    def __init__(self, loaded: LoadedModel, index: int, mixed: bool) -> None:
+        self.loaded, self.index, self.mixed = loaded, index, mixed
+        self.tokens = self.mixed_rows = 0
+        self.sums: LayerStatistics | None = None
+
+    def __call__(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        y = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        self.add(attention, y.detach())
+
+    def _start(self, device: torch.device) -> LayerStatistics:
+        spec = self.loaded.spec
+        d = spec.hidden
+        mixed = d if self.mixed else 0
+        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=device)  # noqa: E731
+        return LayerStatistics(
+            zeros(d), zeros(d, d), zeros(mixed), zeros(mixed, mixed),
+            zeros(spec.n_kv_heads, spec.head_dim),
+        )  # fmt: skip
+
+    def add(self, attention: Any, y: torch.Tensor) -> None:
+        """Add ``[B, L, d]`` inputs."""
+        spec, family = self.loaded.spec, self.loaded.family
+        if self.sums is None:
+            self.sums = self._start(y.device)
+        sums = self.sums
+        flat = y.flatten(0, 1).float()
+        self.tokens += len(flat)
+        sums.mean += flat.sum(0)
+        sums.moment += flat.T @ flat
+        q = family.queries(attention, y, spec.head_dim)
+        energy = q.float().square().sum((0, 2))
+        sums.query_energy += energy.unflatten(0, (spec.n_kv_heads, spec.group)).sum(1)
+        if self.mixed:
+            self._add_mixed(attention, y, q)
+
+    def _add_mixed(self, attention: Any, y: torch.Tensor, q: torch.Tensor) -> None:
+        spec, family = self.loaded.spec, self.loaded.family
+        assert self.sums is not None
+        batch, length, _ = y.shape
+        k = attention.k_proj(y).view(batch, length, spec.n_kv_heads, spec.head_dim)
+        norm = family.key_norm(attention)
+        if norm is not None:
+            k = attention.k_norm(k)
+        cos, sin = spec.rope.tables(0, length, y.device)
+        q = rotate(q, cos, sin)
+        k = rotate(k.transpose(1, 2), cos, sin)
+        future = torch.ones(length, length, dtype=torch.bool, device=y.device).triu(1)
+        for b in range(batch):
+            for h in range(spec.n_heads):
+                for start in range(0, length, _ROWS):
+                    rows = slice(start, start + _ROWS)
+                    scores = q[b, h, rows] @ k[b, h // spec.group].T * attention.scaling
+                    p = scores.float().masked_fill(future[rows], float("-inf")).softmax(-1)
+                    mixed = (p.to(y.dtype) @ y[b]).float()
+                    self.sums.mixed_mean += mixed.sum(0)
+                    self.sums.mixed_moment += mixed.T @ mixed
+                    self.mixed_rows += len(mixed)
+
+    def finish(self) -> LayerStatistics:
+        """Means over everything added, on the CPU."""
+        assert self.sums is not None
+        s, n, m = self.sums, self.tokens, max(self.mixed_rows, 1)
+        return LayerStatistics(
+            (s.mean / n).cpu(), (s.moment / n).cpu(), (s.mixed_mean / m).cpu(),
+            (s.mixed_moment / m).cpu(), (s.query_energy / n).cpu(),
+        )  # fmt: skip
+
+
+@contextmanager
+def _hooked(loaded: LoadedModel, layers: list[int], mixed: bool) -> Iterator[dict[int, _Accumulator]]:
+    attentions = loaded.family.attentions(loaded.model)
+    found = {i: _Accumulator(loaded, i, mixed) for i in layers}
+    handles = [
+        attentions[i].register_forward_pre_hook(hook, with_kwargs=True) for i, hook in found.items()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def gather_statistics(
+    loaded: LoadedModel,
+    tokens: torch.Tensor,
+    layers: list[int],
+    *,
+    mixed: bool = True,
+    progress: Progress = SILENT,
+) -> dict[int, LayerStatistics]:
+    """Run the dense model over ``tokens`` and gather the statistics of ``layers``.
+
+    Args:
+        tokens: int64 ``[N, L]``.
+        layers: indices of layers.
+        mixed: also gather the attention-mixed moments, which cost H products a layer.
+
+    Returns:
+        Statistics by layer index.
+    """
+    with (
+        _hooked(loaded, layers, mixed) as found,
+        progress.task("statistics", len(tokens), "sequences") as task,
+    ):
+        for row in tokens:
+            loaded.model.model(row[None].to(loaded.device), use_cache=False)
+            task.advance()
+    return {i: accumulator.finish() for i, accumulator in found.items()}

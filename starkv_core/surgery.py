@@ -1,0 +1,77 @@
+"""Reversible surgery: put compressed attention into a transformers model, and take it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from starkv_core.attention import CompressedAttention, LatentWeights, RopeTables
+from starkv_core.models.load import LoadedModel
+
+WeightsOf = Callable[[], LatentWeights]
+
+
+@contextmanager
+def compressed(
+    loaded: LoadedModel,
+    layers: Mapping[int, WeightsOf],
+    *,
+    store_dtype: torch.dtype = torch.bfloat16,
+    backend: str = "reference",
+    tables: RopeTables | None = None,
+) -> Iterator[Any]:
+    """Run the model with some layers compressed; the base model is back on leaving, whatever happens.
+
+    Args:
+        loaded: the base model; its weights are shared, not copied.
+        layers: for each compressed layer, a function that gives its weights at every forward (a
+            training student computes them anew, a deployed model returns the same ones).
+        store_dtype: dtype of latents in caches made inside.
+        backend: of :func:`triton_ops.latent_attention.latent_attention`.
+        tables: RoPE tables to share between calls.
+
+    Yields:
+        The model, for ``forward`` and ``generate``.
+    """
+    model = loaded.model
+    tables = tables or RopeTables(loaded.spec.rope)
+    attentions = loaded.family.attentions(model)
+    # Masks must come in SDPA's form: None, bool or additive.
+    implementation = model.config._attn_implementation
+    patched: list[Any] = []
+    try:
+        model.config._attn_implementation = "sdpa"
+        for index, weights_of in layers.items():
+            module = attentions[index]
+            if "forward" in vars(module) and getattr(module.forward, "starkv", False):
+                raise RuntimeError(f"layer {index} is compressed already; leave that context first")
+            attend = CompressedAttention(
+                module, loaded.family, loaded.spec, tables, index, store_dtype, backend
+            )
+            patched.append((module, vars(module).get("forward")))
+            module.forward = _forward(attend, weights_of)
+        yield model
+    finally:
+        model.config._attn_implementation = implementation
+        for module, original in patched:
+            if original is None:
+                del module.forward
+            else:
+                module.forward = original
+
+
+def _forward(attend: CompressedAttention, weights_of: WeightsOf) -> Callable[..., Any]:
+    def forward(
+        hidden_states: torch.Tensor,
+        position_embeddings: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        return attend(weights_of(), hidden_states, attention_mask, past_key_values), None
+
+    forward.starkv = True  # type: ignore[attr-defined]
+    return forward
