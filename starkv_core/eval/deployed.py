@@ -57,6 +57,7 @@ def measure(subject: Subject, cache: Any, rows: int) -> CacheBytes:
         if not held or any(count != tokens for count in held):
             raise RunFailure(
                 f"{subject.name}: after {tokens} tokens its compressed layers hold "
-                f"{held or 'none'}: the forward pass went past the compressed cache, so no figure of it counts"
+                f"{held or 'none'}: the forward pass went past the compressed cache, so no figure "
+                "of it counts"
             )
     return CacheBytes(rows=rows, tokens=tokens, held=cache.nbytes, dense=cache.dense_nbytes)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starkv_core import embedded
 from starkv_core.artifacts import read_text
 from starkv_core.data.corpus import documents
 from starkv_core.errors import UserError
 
 BUILTIN = "builtin"
+_HELDOUT = "builtin:heldout"  # as starkv_core.data.corpus names it
 
 _BY_DOCUMENTS = (".jsonl", ".parquet")
 _CHARACTERS_PER_TOKEN = 4  # first guess of how many documents to read
@@ -64,25 +64,36 @@ def read_eval_text(
 
     Args:
         tokenizer: of the model.
-        source: ``builtin`` (the held-out text of the package), a file, or a hub data set. A plain
-            text file is one string, byte for byte; documents of .jsonl, .parquet and the hub are
-            joined with an empty line.
+        source: ``builtin`` (the held-out text of the package, its documents each closed by the end
+            token, as the embedded model was trained), a file, or a hub data set. A plain text file
+            is one string, byte for byte; documents of .jsonl, .parquet and the hub are joined with
+            an empty line.
         tokens: enough tokens; more documents than give them are not read. None reads all.
         config, split, field: of a hub data set; ``field`` of .jsonl and .parquet as well.
 
     Raises:
         UserError: no such text, empty, not UTF-8, no such field.
     """
-    path = embedded.HELDOUT_TEXT if source == BUILTIN else Path(source)
-    if path.exists() and path.suffix not in _BY_DOCUMENTS:
-        text, join = read_text(path), "whole file as one string"
+    if source == BUILTIN:
+        parts = list(documents(_HELDOUT))
+        text = "\n\n".join(parts)
+        ids = [token for part in parts for token in _ended(tokenizer, part)]
+        join = "documents each closed by the end token"
+    elif Path(source).exists() and Path(source).suffix.lower() not in _BY_DOCUMENTS:
+        text, join = read_text(source), "whole file as one string"
         if not text.strip():
-            raise UserError(f"{path}: the file is empty")
+            raise UserError(f"{source}: empty; it holds no text to read")
         ids = _tokenise(tokenizer, text)
     else:
         text, ids = _gather(tokenizer, documents(source, config, split, field), tokens)
         join = "documents joined with an empty line"
     return EvalText(ids, source, join, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _ended(tokenizer: Any, text: str) -> list[int]:
+    end = tokenizer.eos_token_id
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    return ids if end is None else [*ids, end]
 
 
 def _tokenise(tokenizer: Any, text: str) -> list[int]:

@@ -1,0 +1,135 @@
+"""``starkv eval``: perplexity and retrieval of a run beside its dense model."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from starkv_cli.console import emit_json, note, print_table, progress
+from starkv_core.errors import UserError
+
+if TYPE_CHECKING:
+    from starkv_core.run import Subject
+
+_Number = TypeVar("_Number", int, float)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("eval")(evaluate)
+
+
+def evaluate(
+    subject: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN|MODEL]",
+            help="Run folder, model folder or hub id. Default: the embedded model.",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Of perplexity, passkey and kv, with commas.")
+    ] = "perplexity,passkey,kv",
+    text: Annotated[
+        str,
+        typer.Option(
+            help="Text of perplexity and filler of retrieval: a file, a hub data set, or builtin."
+        ),
+    ] = "builtin",
+    config: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
+    field: Annotated[str, typer.Option(help="Field with the text.")] = "text",
+    window: Annotated[int, typer.Option(help="Tokens in a window of perplexity.")] = 1024,
+    windows: Annotated[
+        int | None,
+        typer.Option(help="Most windows. Default: all of a file, 64 of a hub data set."),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="Of perplexity: prefill, token (by token) or both.")
+    ] = "prefill",
+    lengths: Annotated[
+        str, typer.Option(help="Prompt lengths of retrieval in tokens.")
+    ] = "256,512,1024",
+    depths: Annotated[
+        str, typer.Option(help="Depths of the needle, 0 (start) to 1 (end).")
+    ] = "0,0.25,0.5,0.75,1",
+    prompts: Annotated[int, typer.Option(help="Prompts for each length and depth.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    batch: Annotated[int, typer.Option(help="Windows or prompts at a time.")] = 4,
+    model: Annotated[
+        str | None, typer.Option(help="Where the base model of RUN lies now, if it has moved.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New folder for report and figure. Default: in RUN; of a MODEL, none."),
+    ] = None,
+    no_dense: Annotated[
+        bool, typer.Option("--no-dense", help="Leave out the dense baseline of RUN.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Measure perplexity, retrieval and cache bytes, a run beside its dense model.
+
+    Example: starkv eval runs/tiny-embedded --tasks perplexity,passkey --mode both --windows 8
+    """
+    from starkv_core.eval.perplexity import MODES
+    from starkv_core.eval.report import EvalOptions
+    from starkv_core.eval.report import evaluate as run
+    from starkv_core.run import open_subject
+
+    options = EvalOptions(
+        tasks=_names(tasks),
+        text=text,
+        config=config,
+        split=split,
+        field=field,
+        window=window,
+        windows=windows,
+        modes=MODES if mode == "both" else _names(mode),  # type: ignore[arg-type]
+        lengths=tuple(_numbers("lengths", lengths, int)),
+        depths=tuple(_numbers("depths", depths, float)),
+        prompts=prompts,
+        seed=seed,
+        batch=batch,
+        dense=not no_dense,
+    )
+    if out is not None and out.exists():
+        raise UserError(f"{out} already exists; give another --out")
+    opened = open_subject(subject, device=device, dtype=dtype, model=model)
+    report = run(opened, options, progress())
+    files = _files(opened, out)
+    if files is not None:
+        for path in report.write(*files):
+            note(f"wrote {path}")
+    if as_json:
+        emit_json(report.document)
+    else:
+        print_table(f"Evaluation of {opened.name}", ["", *report.columns], report.rows())
+
+
+def _files(subject: Subject, out: Path | None) -> tuple[Path, Path] | None:
+    """Where report and figure go."""
+    if out is not None:
+        return out / "eval.json", out / "retrieval.png"
+    if subject.run_dir is None:
+        return None
+    stem = f"eval-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    return subject.run_dir / "results" / f"{stem}.json", subject.run_dir / "figures" / f"{stem}.png"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _numbers(option: str, text: str, kind: type[_Number]) -> list[_Number]:
+    try:
+        return [kind(part) for part in _names(text)]
+    except ValueError:
+        raise UserError(f"--{option} {text!r}: numbers with commas are expected") from None
