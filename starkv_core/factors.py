@@ -138,9 +138,9 @@ class TrainedFactors(nn.Module):
             log_units=settings.log_units,
         ).sum()
 
-    def ranks(self, settings: GateSettings) -> tuple[int, ...]:
+    def ranks(self, settings: GateSettings, shift: float = 0.0) -> tuple[int, ...]:
         """Components that pass the gate, per block."""
-        opened = (self.gates(settings) > 0).split(self.counts)
+        opened = (self.gates(settings, shift) > 0).split(self.counts)
         return tuple(int(block.sum()) for block in opened)
 
     @torch.no_grad()
@@ -197,9 +197,9 @@ class TrainedLayer(nn.Module):
             "key_norm", None if key_norm is None else key_norm[0].detach().float(), persistent=False
         )
 
-    def ranks(self, settings: GateSettings) -> LayerRanks:
-        """Ranks that the gates give now."""
-        return LayerRanks(self.keys.ranks(settings), self.values.ranks(settings))
+    def ranks(self, settings: GateSettings, shift: float = 0.0) -> LayerRanks:
+        """Ranks that the gates give now, thresholds shifted."""
+        return LayerRanks(self.keys.ranks(settings, shift), self.values.ranks(settings, shift))
 
     def set_ranks(self, ranks: LayerRanks, settings: GateSettings) -> None:
         """Move thresholds so that the gates give ``ranks``."""

@@ -100,6 +100,22 @@ class CalibrationResult:
         """Plain form for JSON."""
         return asdict(self)
 
+    def rows(self) -> list[tuple[str, str]]:
+        """For a table of two columns."""
+        rows = [
+            ("method", self.method),
+            ("cache bytes per token", f"{self.bytes_per_token} (dense {self.dense_bytes_per_token})"),
+            ("cache ratio", f"{self.ratio:.3f}"),
+            ("paper rate (compressed layers alone)", f"{self.paper_rate:.1%}"),
+        ]
+        if self.kl is not None:
+            rows.append(("KL to the base model, deployed", f"{self.kl:.4f} nats per token"))
+        if self.tokens_per_second is not None:
+            rows.append(("training", f"{self.tokens} tokens, {self.tokens_per_second:.0f} per second"))
+        if self.peak_memory is not None:
+            rows.append(("peak GPU memory", f"{self.peak_memory / 2**30:.2f} GiB"))
+        return [*rows, ("time", f"{self.seconds:.1f} s")]
+
 
 def load_for(recipe: Recipe, device: str | None = None) -> LoadedModel:
     """The base model that a recipe names."""
@@ -157,7 +173,7 @@ def calibration_tokens(recipe: Recipe, tokenizer: Any) -> torch.Tensor:
 
 
 def run_calibration(
-    recipe: Recipe | None,
+    recipe: Recipe,
     out: str | Path,
     *,
     resume: bool = False,
@@ -167,7 +183,7 @@ def run_calibration(
     """Calibrate a model as a recipe says and write a run folder.
 
     Args:
-        recipe: None only with ``resume``: the run's own recipe is used.
+        recipe: resolved recipe; with ``resume`` the one the run was started with.
         out: run folder; must not exist, or with ``resume`` be an interrupted (or finished) run.
         resume: go on from the last saved state.
         device: where to compute; None picks a GPU where there is one.
@@ -180,15 +196,11 @@ def run_calibration(
     run_dir = Path(out)
     if resume:
         new_run_dir(run_dir, resume=True)
-        stored = load_recipe(run_dir / RECIPE)
-        if recipe is not None and recipe.to_dict() != stored.to_dict():
+        if recipe.to_dict() != load_recipe(run_dir / RECIPE).to_dict():
             raise UserError(
                 f"{run_dir}: was started with another recipe than the one given; "
                 "leave --recipe and --set out to resume it, or give another --out"
             )
-        recipe = stored
-    elif recipe is None:
-        raise UserError("a recipe is needed: --recipe NAME or PATH")
     elif run_dir.exists():
         new_run_dir(run_dir, resume=False)
 
@@ -313,7 +325,7 @@ class _Calibration:
         shift: torch.Tensor | float = self.shift
         if not self.frozen and recipe.method == "star":
             shift = self.multiplier(step)
-            self.shift = float(shift)
+            self.shift = float(shift.detach())
         rows = self.batch(step)
         size = max(1, _MICRO_TOKENS // recipe.data.length)
         pieces = rows.split(size)
@@ -413,14 +425,14 @@ class _Calibration:
     # -- records -------------------------------------------------------------------------------
 
     def ratio(self) -> float:
-        return cache_ratio(self.loaded.spec, self.student.ranks())
+        return cache_ratio(self.loaded.spec, self.student.ranks(self.shift))
 
     def record(self, step: int, loss: float) -> None:
         line = {
             "step": step + 1,
             "phase": "recovery" if self.frozen else "ranks",
             "kl": loss,
-            "numbers": self.student.numbers(),
+            "numbers": self.student.numbers(self.shift),
             "shift": self.shift,
         }
         with open(self.run_dir / METRICS, "a", encoding="utf-8") as file:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from starkv_core.attention import RopeTables
 from starkv_core.factors import GateSettings, Shift, TrainedLayer
@@ -41,19 +42,19 @@ class Student(nn.Module):
         """Trained-form layers by index."""
         return {int(i): layer for i, layer in self.layers.items()}  # type: ignore[misc]
 
-    def ranks(self) -> RankMap:
-        """Rank map that the gates give now."""
+    def ranks(self, shift: float = 0.0) -> RankMap:
+        """Rank map that the gates give now, thresholds shifted."""
         layers = self.by_layer()
         return RankMap(
             tuple(
-                layers[i].ranks(self.settings) if i in layers else None
+                layers[i].ranks(self.settings, shift) if i in layers else None
                 for i in range(self.loaded.spec.n_layers)
             )
         )
 
-    def numbers(self) -> int:
+    def numbers(self, shift: float = 0.0) -> int:
         """Numbers cached per token in the compressed layers."""
-        return sum(layer.total for layer in self.ranks().layers if layer is not None)
+        return sum(layer.total for layer in self.ranks(shift).layers if layer is not None)
 
     def soft_numbers(self, shift: Shift = 0.0) -> torch.Tensor:
         """The same, counted by how far the gates are open; differentiable."""
@@ -83,17 +84,25 @@ def _on(shift: Shift, like: torch.Tensor) -> Shift:
 
 @contextmanager
 def checkpointed(model: Any, enabled: bool) -> Iterator[None]:
-    """Activation checkpointing of the decoder layers, undone on leaving."""
-    if not enabled:
-        yield
-        return
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # transformers checkpoints a layer only in training mode; nothing below it may change mode.
-    for layer in model.model.layers:
-        layer.training = True
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    layers = list(model.model.layers) if enabled else []
+    own = [vars(layer).get("forward") for layer in layers]
+
+    def recomputed(forward: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+        return call
+
     try:
+        for layer in layers:
+            layer.forward = recomputed(layer.forward)
         yield
     finally:
-        for layer in model.model.layers:
-            layer.training = False
-        model.gradient_checkpointing_disable()
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = forward

@@ -93,24 +93,10 @@ def load(
     Raises:
         UserError: nothing there, an unsupported architecture, pickled weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    label = name or EMBEDDED_NAME
-    source = str(embedded.MODEL_DIR) if name in (None, EMBEDDED_NAME) else str(name)
-    local = Path(source).is_dir()
-    if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise UserError(f"{label}: no such model folder")
-    common = {
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "local_files_only": local,
-    }
-    try:
-        config = AutoConfig.from_pretrained(source, **common)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{label}: no usable model config: {_first_line(error)}") from error
-    family = family_of(config, label)
-
+    source, label, common = _source(name, revision, trust_remote_code)
+    family = family_of(_config(source, label, common), label)
     if device_map is None:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if target.type == "cuda" and not torch.cuda.is_available():
@@ -147,6 +133,54 @@ def load(
             "use a device_map that keeps every layer on a GPU"
         )
     return prepare(model, tokenizer, label, family)
+
+
+def inspect(
+    name: str | None, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[ModelSpec, int]:
+    """Spec and number of parameters of a model, from its config alone: no weights are read.
+
+    Raises:
+        UserError: as :func:`load`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source, label, common = _source(name, revision, trust_remote_code)
+    config = _config(source, label, common)
+    family = family_of(config, label)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    return family.spec(family.rope(model)), sum(p.numel() for p in model.parameters())
+
+
+def _source(
+    name: str | None, revision: str | None, trust_remote_code: bool
+) -> tuple[str, str, dict[str, Any]]:
+    """Where a model lies, what to call it, and the options all of transformers' loaders share."""
+    label = name or EMBEDDED_NAME
+    source = str(embedded.MODEL_DIR) if label == EMBEDDED_NAME else label
+    local = Path(source).is_dir()
+    if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise UserError(f"{label}: no such model folder")
+    return (
+        source,
+        label,
+        {
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "local_files_only": local,
+        },
+    )
+
+
+def _config(source: str, label: str, common: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, **common)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{label}: no usable model config: {_first_line(error)}") from error
 
 
 def prepare(model: Any, tokenizer: Any, name: str, family: Family | None = None) -> LoadedModel:

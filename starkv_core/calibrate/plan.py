@@ -1,0 +1,147 @@
+"""What a calibration would do, before it does anything: ``starkv calibrate --dry-run``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from starkv_core.budget import BYTES_PER_NUMBER
+from starkv_core.calibrate.loop import budget_for, training_sequences
+from starkv_core.models.load import EMBEDDED_NAME, inspect
+from starkv_core.models.spec import ModelSpec
+from starkv_core.recipe import Recipe
+
+_STATE_BYTES = 16  # a trained number: float32 master, gradient and two moments of AdamW
+_EFFICIENCY = 0.4  # share of a large product's rate that a training step reaches
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Plan of a calibration.
+
+    Attributes:
+        model, method: names.
+        layers, compressed_layers: how many; dense: reasons for layers left dense.
+        parameters: of the base model; trained: upper bound on numbers that train.
+        bytes_per_token_before, bytes_per_token_after: of the whole cache.
+        ratio: between them.
+        steps, rank_steps, tokens, sequences: of training.
+        memory: estimate in bytes, weights included; seconds: estimate on this machine.
+        device: that the estimate of time is for.
+    """
+
+    model: str
+    method: str
+    layers: int
+    compressed_layers: int
+    dense: dict[int, str]
+    parameters: int
+    trained: int
+    bytes_per_token_before: int
+    bytes_per_token_after: int
+    ratio: float
+    steps: int
+    rank_steps: int
+    tokens: int
+    sequences: int
+    memory: int
+    seconds: float
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain form for JSON."""
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For a table of two columns."""
+        left = "; ".join(f"layer {i}: {why}" for i, why in self.dense.items()) or "none"
+        return [
+            ("model", f"{self.model}, {self.parameters / 1e6:.1f} M parameters"),
+            ("method", self.method),
+            ("layers compressed", f"{self.compressed_layers} of {self.layers}"),
+            ("layers that must stay dense", left),
+            ("cache bytes per token, before", str(self.bytes_per_token_before)),
+            ("cache bytes per token, after", f"at most {self.bytes_per_token_after}"),
+            ("cache ratio", f"{self.ratio:.3f}"),
+            ("trained numbers", f"at most {self.trained / 1e6:.1f} M"),
+            ("steps", f"{self.steps}, of which {self.rank_steps} learn ranks"),
+            ("tokens", f"{self.tokens} from {self.sequences} sequences"),
+            ("memory, estimated", f"{self.memory / 2**30:.2f} GiB"),
+            ("time, estimated", f"{self.seconds / 60:.1f} min on {self.device}"),
+        ]
+
+
+def plan(recipe: Recipe, *, device: str | None = None) -> Plan:
+    """Plan a calibration from the model's config alone; no weights and no data are read.
+
+    Raises:
+        UserError: whatever :func:`starkv_core.calibrate.run_calibration` would refuse of these.
+    """
+    m = recipe.model
+    spec, parameters = inspect(
+        m.name, revision=m.revision, trust_remote_code=m.trust_remote_code
+    )
+    budget = budget_for(recipe, spec)
+    kept_dense = (spec.n_layers - len(budget.compressed)) * 2 * spec.kv_width
+    after = (budget.numbers + kept_dense) * BYTES_PER_NUMBER
+    trained = _trained_numbers(recipe, spec, budget.numbers, len(budget.compressed))
+    tokens = recipe.steps * recipe.batch * recipe.data.length
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    item = 4 if torch.device(target).type == "cpu" and m.dtype in ("auto", "float32") else 2
+    return Plan(
+        model=m.name or EMBEDDED_NAME,
+        method=recipe.method,
+        layers=spec.n_layers,
+        compressed_layers=len(budget.compressed),
+        dense=dict(spec.dense_reasons),
+        parameters=parameters,
+        trained=trained,
+        bytes_per_token_before=spec.dense_bytes_per_token,
+        bytes_per_token_after=after,
+        ratio=spec.dense_bytes_per_token / after,
+        steps=recipe.steps,
+        rank_steps=recipe.rank_steps,
+        tokens=tokens,
+        sequences=training_sequences(recipe),
+        memory=_memory(recipe, spec, parameters, trained, item),
+        seconds=_seconds(recipe, parameters, tokens, target, item),
+        device=target,
+    )
+
+
+def _trained_numbers(recipe: Recipe, spec: ModelSpec, numbers: int, layers: int) -> int:
+    """Numbers in factors: ``d`` per component below, and its rows above."""
+    full = layers * (spec.n_kv_heads * spec.key_rank + spec.value_rank)
+    slack = recipe.start.slack
+    kept = full if slack == 0 else min(full, int(slack * numbers) + layers * (spec.n_kv_heads + 1))
+    # Joint value factors have the most rows; counting half of the components as values is close.
+    rows = 0.5 * spec.head_dim * recipe.start.key_group + 0.5 * spec.kv_width
+    return int(kept * (spec.hidden + rows))
+
+
+def _memory(recipe: Recipe, spec: ModelSpec, parameters: int, trained: int, item: int) -> int:
+    live = min(recipe.batch * recipe.data.length, max(4096, recipe.data.length))
+    checkpoints = spec.n_layers * live * spec.hidden * item
+    inside = 24 * live * spec.hidden * item
+    if not recipe.optim.checkpointing:
+        checkpoints, inside = 0, spec.n_layers * inside
+    logits = 6 * 1024 * 32768 * 4
+    return parameters * item + trained * _STATE_BYTES + checkpoints + inside + logits
+
+
+def _seconds(recipe: Recipe, parameters: int, tokens: int, device: str, item: int) -> float:
+    """Work over a rate measured now with one product."""
+    size = 1024 if device == "cpu" else 8192
+    dtype = torch.float32 if item == 4 else torch.bfloat16
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    (a @ a).sum().item()
+    began = time.perf_counter()
+    (a @ a).sum().item()
+    rate = 2 * size**3 / (time.perf_counter() - began) * _EFFICIENCY
+    # Teacher 1, student 1 forward and 2 backward, 1 more where activations are recomputed.
+    passes = 4 + (1 if recipe.optim.checkpointing else 0)
+    statistics = recipe.start.sequences * recipe.data.length
+    return 2 * parameters * (passes * tokens + 3 * statistics) / rate
