@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from starkv_core.budget import predict_bytes
 from starkv_core.engine import Sampler, end_tokens, stream
 from starkv_core.errors import UserError
+from starkv_core.rank_map import RankMap
 
 if TYPE_CHECKING:
     from starkv_core.run import Subject
@@ -77,8 +79,9 @@ class TurnStats:
         new_tokens: tokens of the answer, the end token included.
         prefill_seconds: until the first token.
         decode_seconds: from the first token to the last.
-        cached_tokens, cache_bytes, dense_bytes: what the cache holds, and what a dense 16-bit one
-            of as many tokens would.
+        cached_tokens, cache_bytes: what the cache holds, slots allocated ahead included.
+        dense_bytes: what the cache of the dense model would, allocated in the same blocks: in a
+            short chat these blocks weigh more than the tokens.
         dropped: oldest exchanges left out for lack of context.
         ended: ``end`` (the model ended it), ``length`` (the limit did) or ``stopped``.
     """
@@ -98,6 +101,11 @@ class TurnStats:
     def tokens_per_second(self) -> float:
         """Decoding speed, the first token left out; 0 for answers of one token."""
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else 0.0
+
+    @property
+    def cache_ratio(self) -> float:
+        """Dense bytes over bytes held; 0 for an empty cache."""
+        return self.dense_bytes / self.cache_bytes if self.cache_bytes else 0.0
 
 
 class Conversation:
@@ -185,7 +193,7 @@ class Conversation:
                 decode_seconds=clock[-1] - clock[1] if said else 0.0,
                 cached_tokens=len(self._cached),
                 cache_bytes=int(self._cache.nbytes),
-                dense_bytes=int(self._cache.dense_nbytes),
+                dense_bytes=self._dense_bytes(len(self._cached)),
                 dropped=dropped,
                 ended=ended,
             )
@@ -288,6 +296,10 @@ class Conversation:
     def _forget(self) -> None:
         self._cache = self.subject.new_cache()
         self._cached = []
+
+    def _dense_bytes(self, tokens: int) -> int:
+        spec = self.subject.spec
+        return predict_bytes(spec, RankMap((None,) * spec.n_layers), tokens)
 
     def _reuse(self, prompt: list[int]) -> int:
         """Crop the cache to what it shares with ``prompt``; tokens shared, at most all but one."""

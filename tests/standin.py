@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from starkv_core.models.family import family_of
+from starkv_core.models.spec import Rope
+
+ROPE = Rope("default", torch.ones(1), 1.0)  # nothing here reads it
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
@@ -47,7 +51,7 @@ class StandinSubject:
         self.tokenizer = tokenizer
         self.name = "standin"
         self.max_positions = max_positions
-        self.spec = SimpleNamespace(vocab=model.config.vocab_size)
+        self.spec = family_of(model.config, self.name).spec(ROPE)
         self.active_now = 0
 
     @contextmanager

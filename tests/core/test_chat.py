@@ -116,7 +116,10 @@ def test_turns_on_one_cache_equal_turns_from_scratch(
         assert fed == [len(prompt) - stats.reused_tokens, *[1] * 11]
         assert (stats.reused_tokens > 0) == (turn > 0)
         assert stats.cached_tokens == len(prompt) + 11
-        assert 0 < stats.dense_bytes < stats.cache_bytes  # the stand-in holds float32
+        # 2 layers, keys and values, 2 heads of 12 numbers: 4 bytes each here, and 2 bytes in blocks
+        # of 256 slots in a dense cache
+        assert stats.cache_bytes == stats.cached_tokens * 2 * 2 * 2 * 12 * 4
+        assert stats.dense_bytes == -(-stats.cached_tokens // 256) * 256 * 2 * 2 * 2 * 12 * 2
         assert stats.tokens_per_second > 0
 
 

@@ -24,7 +24,7 @@ class Oracle:
     def __init__(self, tokenizer, answers: dict[tuple[int, ...], list[int]]) -> None:
         self.tokenizer = tokenizer
         self.answers = answers
-        self.config = SimpleNamespace(vocab_size=len(tokenizer))
+        self.config = make_subject().model.config
         self.prefills: list[tuple[int, int]] = []
 
     def __call__(self, input_ids, past_key_values, **_):
