@@ -212,6 +212,12 @@ def test_overrides_do_not_change_the_mapping_given() -> None:
     assert content == {"budget": {"ratio": 2}}
 
 
+def test_a_bare_name_of_two_sections_is_ambiguous() -> None:
+    assert faults({"budget": {"ratio": 2}}, "sequences=8") == [
+        "--set sequences=8: sequences is ambiguous; write data.sequences or start.sequences"
+    ]
+
+
 def test_malformed_override_value() -> None:
     assert "not valid YAML" in faults({"budget": {"ratio": 2}}, "skip_layers=[0")[0]
 
