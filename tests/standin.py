@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from starkv_core.artifacts import write_yaml_atomic
+from starkv_core.calibrate import run_calibration
 from starkv_core.models.family import family_of
 from starkv_core.models.spec import Rope
+from starkv_core.recipe import load_recipe
 
 ROPE = Rope("default", torch.ones(1), 1.0)  # nothing here reads it
 
@@ -99,3 +103,34 @@ def make_subject(*, seed: int = 0, chat: bool = False, max_positions: int = 256)
         pad_token_id=None,
     )
     return StandinSubject(LlamaForCausalLM(config).eval(), tokenizer, max_positions)
+
+
+TEXT = "The quick brown fox, 第一章, jumps over the lazy dog and naps.\n\n\n" * 120
+
+
+def save_model(folder: Path, *, chat: bool = False, max_positions: int = 1024) -> Path:
+    """The stand-in's model as a folder that ``--model`` takes."""
+    subject = make_subject(chat=chat, max_positions=max_positions)
+    subject.model.save_pretrained(folder)
+    subject.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_run(folder: Path, model: Path, text: Path, ratio: float = 2.0) -> Path:
+    """A run of that model, decomposed without training."""
+    recipe = folder.with_suffix(".yaml")
+    write_yaml_atomic(
+        recipe,
+        {
+            "schema": 1,
+            "method": "star",
+            "steps": 0,
+            "rank_steps": 0,
+            "model": {"name": str(model)},
+            "budget": {"ratio": ratio},
+            "data": {"source": str(text), "length": 64},
+            "start": {"sequences": 8},
+        },
+    )
+    run_calibration(load_recipe(str(recipe), []), folder, resume=False, device="cpu")
+    return folder

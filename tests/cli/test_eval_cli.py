@@ -1,0 +1,142 @@
+"""`starkv eval`: the table, the report, the figure, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from starkv_cli.main import main
+from tests.cli.conftest import OnDisk
+
+SMALL = [
+    "--window",
+    "256",
+    "--windows",
+    "2",
+    "--lengths",
+    "400",
+    "--depths",
+    "0,1",
+    "--prompts",
+    "1",
+]
+
+
+def starkv(*args: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(arg) for arg in args])
+    return int(end.value.code or 0)
+
+
+def test_run_beside_its_dense_model(
+    on_disk: OnDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    done = starkv("eval", on_disk.run, *SMALL, "--text", on_disk.text, "--out", out)
+    printed = capsys.readouterr()
+    assert done == 0, printed.err
+    table = {
+        cells[0]: cells[1:]
+        for line in printed.out.splitlines()
+        if (cells := [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")])[1:]
+    }
+    assert table[""] == ["dense", "compressed"]
+    report = json.loads((out / "eval.json").read_text())
+    dense, compressed = (report[c]["perplexity"]["prefill"] for c in ("dense", "compressed"))
+    shown = [f"{dense['ppl']:.4g}", f"{compressed['ppl']:.4g}"]
+    assert table["perplexity (prefill, 2 x 256 tokens)"] == shown
+    assert dense["ppl"] != compressed["ppl"]
+    assert dense["tokens"] == compressed["tokens"] == 2 * 255
+    # 2 layers, keys and values, 2 heads of 12 numbers, 2 bytes
+    assert table["cache bytes per token (measured at 256 tokens)"] == ["192", "96"]
+    assert table["cache ratio"] == ["1.00", "2.00"]
+    assert table["paper rate (compressed layers only)"] == ["", "50.0%"]
+    assert {"passkey accuracy, 400 tokens", "kv accuracy, 400 tokens"} <= table.keys()
+    assert (out / "retrieval.png").read_bytes().startswith(b"\x89PNG")
+    assert report["text"]["sha256"] == hashlib.sha256(on_disk.text.read_bytes()).hexdigest()
+    assert report["model"]["name"] == str(on_disk.model)
+    assert report["schema"] == 1
+    assert report["versions"]["torch"]
+
+
+def test_modes_agree_on_the_deployed_path(
+    on_disk: OnDisk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--tasks", "perplexity", "--window", "64", "--windows", "3", "--mode", "both"]
+    assert starkv("eval", on_disk.run, *args, "--text", on_disk.text, "--json") == 0
+    modes = json.loads(capsys.readouterr().out)["compressed"]["perplexity"]
+    # Both read the same 16-bit latents; they differ by the order of float32 sums.
+    assert modes["prefill"]["nll"] == pytest.approx(modes["token"]["nll"], rel=1e-4)
+
+
+def test_results_land_in_the_run(on_disk: OnDisk, capsys: pytest.CaptureFixture[str]) -> None:
+    before = set(on_disk.run.rglob("eval-*"))
+    done = starkv(
+        "eval", on_disk.run, *SMALL, "--tasks", "passkey", "--text", on_disk.text, "--no-dense"
+    )
+    printed = capsys.readouterr()
+    assert done == 0, printed.err
+    figure, report = sorted(set(on_disk.run.rglob("eval-*")) - before)
+    assert (figure.parent.name, report.parent.name) == ("figures", "results")
+    assert (figure.suffix, report.suffix) == (".png", ".json")
+    assert report.stem == figure.stem
+    assert str(report) in printed.err
+    found = json.loads(report.read_text())
+    assert "dense" not in found
+    assert found["compressed"]["perplexity"] == {}
+    assert "compressed" in printed.out
+    assert "dense" not in printed.out
+
+
+def test_plain_model_writes_nothing_and_json_is_alone_on_stdout(
+    on_disk: OnDisk,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert starkv("eval", on_disk.model, *SMALL, "--text", on_disk.text, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert "compressed" not in report
+    assert report["paper_rate"] is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--tasks", "perplxity,kw"], ["perplxity", "did you mean perplexity", "'kw'", "kv"]),
+        (["--tasks", ""], ["tasks"]),
+        (["--mode", "tokens"], ["tokens", "token"]),
+        (["--lengths", "256,many"], ["--lengths", "256,many"]),
+        (["--depths", "0,1.5"], ["1.5", "0 to 1"]),
+        (["--prompts", "0", "--batch", "0"], ["prompts 0", "batch 0"]),
+        (["--window", "2000"], ["2000", "1024"]),
+        (["--tasks", "passkey", "--lengths", "2000"], ["2000", "1024"]),
+        (["--text", "not/here/at-all.txt"], ["not/here/at-all.txt", "no such file"]),
+        (["--out", "."], ["already exists"]),
+    ],
+)
+def test_bad_options(
+    on_disk: OnDisk, args: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["eval", on_disk.model]
+    if "--text" not in args:
+        base += ["--text", on_disk.text]
+    assert starkv(*base, *args) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert all(word in printed.err for word in words), printed.err
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"caf\xe9"])
+def test_unusable_text(
+    on_disk: OnDisk, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.raw"
+    path.write_bytes(content)
+    assert starkv("eval", on_disk.model, "--text", path) == 2
+    assert ("UTF-8" if content.startswith(b"caf") else "empty") in capsys.readouterr().err
