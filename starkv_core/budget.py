@@ -74,12 +74,10 @@ class Budget:
     Attributes:
         numbers: most numbers per token that the compressed layers may store together.
         compressed: indices of the layers that share them.
-        bytes_per_token: the same limit as whole-cache bytes, dense layers included.
     """
 
     numbers: int
     compressed: tuple[int, ...]
-    bytes_per_token: float
 
 
 def resolve_budget(
@@ -131,7 +129,6 @@ def resolve_budget(
     kept_dense = (spec.n_layers - len(compressed)) * 2 * spec.kv_width
     numbers = int(limit / BYTES_PER_NUMBER + 1e-9) - kept_dense
     floor = len(compressed) * (spec.n_kv_heads + 1)
-    full = len(compressed) * (spec.n_kv_heads * spec.key_rank + spec.value_rank)
     if numbers < floor:
         least = (floor + kept_dense) * BYTES_PER_NUMBER
         raise UserError(
@@ -139,4 +136,4 @@ def resolve_budget(
             f"{spec.n_layers - len(compressed)} layers stay dense, which takes {least} bytes per "
             f"token (ratio {dense / least:.2f}); raise the budget"
         )
-    return Budget(min(numbers, full), compressed, limit)
+    return Budget(numbers, compressed)
