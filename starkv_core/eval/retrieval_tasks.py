@@ -22,27 +22,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from starkv_core.errors import UserError
 
 TASKS = ("passkey", "kv")
 DEFAULT_PAIRS = 8
 
-ADJECTIVES = (
+_ADJECTIVES = (
     "amber azure bitter bold brave bright broken calm clever cold crimson dark distant early "
     "empty faint golden green hidden hollow honest iron ivory little lonely lost mild narrow "
     "noble pale proud purple quick quiet red rough royal rusty secret silent silver simple slow "
     "soft solemn steady strange sudden sweet tall tiny wild wise wooden"
-).split()
-NOUNS = (
+)
+_NOUNS = (
     "anchor apple arrow badger barrel basket beacon bell bridge candle canyon castle chain "
     "cherry clock cloud compass copper crown desert dolphin dragon eagle falcon feather forest "
     "fountain garden glacier hammer harbor island jacket kettle ladder lantern lemon lion marble "
     "meadow mirror mountain needle ocean orchard otter palace pepper pillow planet rabbit ribbon "
     "river saddle shadow ship stone summer table temple thunder tiger tower valley violin wagon "
     "willow window winter"
-).split()
+)
 
+ADJECTIVES = _ADJECTIVES.split()
+NOUNS = _NOUNS.split()
+
+# Stretches of filler tried before giving up on a text full of forbidden strings.
 _FILLER_ATTEMPTS = 200
+
+TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ def question_and_answer(tokenizer: Any, question: str, number: str) -> tuple[lis
 
 def scatter(
     tokenizer: Any,
-    filler_ids: Sequence[int],
+    filler_ids: TokenIds,
     needles: Sequence[tuple[str, float]],
     tail_ids: Sequence[int],
     length: int,
@@ -168,7 +177,7 @@ def scatter(
 
 def _clean_stretch(
     tokenizer: Any,
-    filler_ids: Sequence[int],
+    filler_ids: TokenIds,
     count: int,
     rng: random.Random,
     forbidden: Sequence[str],
@@ -189,7 +198,7 @@ def _clean_stretch(
 def make_prompt(
     task: str,
     tokenizer: Any,
-    filler_ids: Sequence[int],
+    filler_ids: TokenIds,
     length: int,
     depth: float,
     rng: random.Random,
