@@ -8,7 +8,7 @@
 #
 # torch is settled before anything else, since pip's plain torch on Linux is the CUDA build, several
 # GB that a machine without a GPU cannot use:
-#   1. the interpreter has torch already: it is used as it is (--system-site-packages);
+#   1. the interpreter has torch already: that one, through --system-site-packages;
 #   2. TORCH is given: that;
 #   3. no NVIDIA GPU: the CPU build of the pinned version where pip finds one, else plain torch;
 #   4. a GPU: whatever torch pip resolves.
@@ -43,12 +43,16 @@ sys.exit(tuple(map(int, version("torch").split(".")[:2])) < (2, 9))
 PY
 }
 
-site=()
-if has_torch "$PYTHON"; then
-    site=(--system-site-packages)
-fi
 say "environment in $VENV"
-"$PYTHON" -m venv ${site[@]+"${site[@]}"} "$VENV"
+if has_torch "$PYTHON"; then
+    "$PYTHON" -m venv --system-site-packages "$VENV"
+    # An interpreter that is itself of a virtual environment hands nothing down: point to its packages.
+    has_torch "$VENV/bin/python" || "$PYTHON" -c \
+        'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
+        >"$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
+else
+    "$PYTHON" -m venv "$VENV"
+fi
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 if has_torch "$VENV/bin/python"; then
@@ -65,5 +69,5 @@ elif ! nvidia-smi >/dev/null 2>&1; then
     }
 fi
 
-say "installing starkv and what it needs"
+say "installing starkv and what it needs (a few minutes the first time)"
 pip install --quiet --editable '.[dev]'

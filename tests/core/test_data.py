@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from starkv_core import embedded
 from starkv_core.data.corpus import documents
 from starkv_core.data.packing import pack
 from starkv_core.errors import UserError
@@ -130,8 +129,6 @@ def test_an_unreachable_hub_is_a_user_error() -> None:
 
 
 def test_builtin_and_held_out_text_differ() -> None:
-    if not embedded.CALIBRATION_TEXT.exists():
-        pytest.skip("the embedded text is not there yet")
     calibration, held_out = set(documents("builtin")), set(documents("builtin:heldout"))
     assert calibration and held_out
     assert not calibration & held_out
