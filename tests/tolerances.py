@@ -11,3 +11,6 @@ FULL_RANK_LOGITS = 5e-4
 
 BF16_LATENTS = 0.05
 """Relative error of logits when latents alone are stored in bfloat16 (8 bits of mantissa, 2^-9 each)."""
+
+CARD_PERPLEXITY = 1e-3
+"""Perplexity against the model card's rounded figure: its last digit is 4e-4 of it."""
