@@ -7,6 +7,7 @@ import torch
 
 from starkv_core.engine import Sampler, end_tokens, stream
 from starkv_core.errors import UserError
+from tests import models
 from tests.standin import StandinSubject, make_subject
 
 GREEDY = Sampler()
@@ -201,3 +202,29 @@ def test_sampler_refuses_nonsense_all_at_once() -> None:
     with pytest.raises(UserError) as caught:
         Sampler(temperature=-1.0, top_p=0.0, top_k=-3)
     assert all(word in str(caught.value) for word in ("temperature", "top_p", "top_k"))
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_compressed_subject_equals_generate(family: str, chunk: int | None) -> None:
+    """The loop on latents against plain ``generate`` on latents, ragged rows and all."""
+    loaded = models.model(family)
+    loaded.model.generation_config.eos_token_id = None
+    subject = models.deployed(loaded, models.ragged_ranks(loaded))
+    ids = models.ids(3, 11)
+    mask = torch.stack([(torch.arange(11) >= 11 - n).long() for n in (11, 4, 1)])
+    cache = subject.new_cache()
+    got = torch.stack(
+        list(stream(subject, ids, mask, 9, sampler=GREEDY, cache=cache, prefill_chunk=chunk)), dim=1
+    )
+    assert cache.latent_tokens() == [11 + 8] * loaded.spec.n_layers
+    with subject.active() as model:
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=subject.new_cache(),
+            max_new_tokens=9,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    assert torch.equal(got, out[:, 11:])

@@ -16,6 +16,8 @@ from starkv_core.errors import RunFailure, UserError
 from starkv_core.eval import perplexity as module
 from starkv_core.eval.perplexity import Windows, cut_windows, perplexity
 from starkv_core.eval.text import read_eval_text
+from starkv_core.run import dense_of
+from tests import models
 from tests.standin import StandinSubject, make_subject
 
 TEXT = "Ünïcode text, 第一章: the quick brown fox.\n\nA second paragraph 👍🏽 follows here.\n" * 5
@@ -198,3 +200,21 @@ def test_not_a_number_is_no_figure() -> None:
         broken.model.lm_head.weight.fill_(math.nan)
     with pytest.raises(RunFailure, match="not finite"):
         perplexity(broken, Windows(torch.randint(0, 256, (1, 20)), 1.0))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_compressed_modes_agree_and_differ_from_dense(family: str) -> None:
+    """Both modes of a compressed model against full recomputation without any cache."""
+    loaded = models.model(family)
+    subject = models.deployed(loaded, models.ragged_ranks(loaded))
+    windows = Windows(models.ids(3, 17), 1.0)
+    results = {mode: perplexity(subject, windows, mode=mode, batch=2) for mode in module.MODES}
+    with subject.active() as model, torch.no_grad():
+        logits = model(windows.ids, use_cache=False).logits.double()
+    logs = logits[:, :-1].log_softmax(-1).gather(-1, windows.ids[:, 1:, None])
+    for result in results.values():
+        # latents in float32 here: only the order of sums differs
+        assert result.nll == pytest.approx(-float(logs.mean()), rel=1e-5)
+    dense = perplexity(dense_of(subject), windows)
+    assert abs(dense.nll - results["prefill"].nll) > 1e-3
+    assert results["token"].cache.tokens == 16
