@@ -160,7 +160,7 @@ class _Line:
         self._done += n
         self._info = info
         now = time.monotonic()
-        if now - self._said >= LOG_EVERY:
+        if now - self._said >= LOG_EVERY and self._done != self._total:
             self._said = now
             self._say(now - self._start)
 
