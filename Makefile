@@ -22,10 +22,10 @@ $(READY): pyproject.toml scripts/setup.sh
 
 demo: $(READY) ## compress the embedded model, talk to it, compare it with the dense one
 	rm -rf $(DEMO)
-	$(BIN)/starkv analyze spectra
-	$(BIN)/starkv calibrate --recipe recipes/tiny.yaml --out $(DEMO)
-	$(BIN)/starkv chat $(DEMO) --prompt "The history of the city begins"
-	$(BIN)/starkv eval $(DEMO)
+	$(BIN)/starkv analyze spectra --out $(DEMO)/spectra
+	$(BIN)/starkv calibrate --recipe recipes/tiny.yaml --out $(DEMO)/tiny
+	$(BIN)/starkv chat $(DEMO)/tiny --prompt "The history of the city begins" --max-new-tokens 64
+	$(BIN)/starkv eval $(DEMO)/tiny
 
 test: $(READY) ## lint, types and tests
 	$(BIN)/python -m ruff check .

@@ -6,18 +6,15 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperGroup
 
+from starkv_cli.commands import analyze, calibrate, chat, eval
 from starkv_cli.console import Interrupted, note
 from starkv_core import __version__
 from starkv_core.errors import StarkvError
-
-COMMANDS: Final = ("analyze", "calibrate", "eval", "chat")
 
 
 class _Group(TyperGroup):
@@ -60,9 +57,8 @@ def starkv(
     """
 
 
-for _command in COMMANDS:
-    if find_spec(f"starkv_cli.commands.{_command}") is not None:
-        import_module(f"starkv_cli.commands.{_command}").register(app)
+for _command in (analyze, calibrate, eval, chat):
+    _command.register(app)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

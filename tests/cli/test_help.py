@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from starkv_cli.main import COMMANDS
-
+COMMANDS = ("analyze", "calibrate", "eval", "chat")
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy")
 
 
