@@ -45,7 +45,7 @@ def evaluate(
     window: Annotated[int, typer.Option(help="Tokens in a window of perplexity.")] = 1024,
     windows: Annotated[
         int | None,
-        typer.Option(help="Most windows. Default: all of a file, 64 of a hub data set."),
+        typer.Option(help="Most windows. Default: all of a file, 32 of builtin, 64 of the hub."),
     ] = None,
     mode: Annotated[
         str, typer.Option(help="Of perplexity: prefill, token (by token) or both.")
@@ -56,7 +56,7 @@ def evaluate(
     depths: Annotated[
         str, typer.Option(help="Depths of the needle, 0 (start) to 1 (end).")
     ] = "0,0.25,0.5,0.75,1",
-    prompts: Annotated[int, typer.Option(help="Prompts for each length and depth.")] = 5,
+    prompts: Annotated[int, typer.Option(help="Prompts for each length and depth.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     batch: Annotated[int, typer.Option(help="Windows or prompts at a time.")] = 4,
     model: Annotated[

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 PERPLEXITY = "perplexity"
 TASKS: tuple[str, ...] = (PERPLEXITY, *RETRIEVAL)
-HUB_WINDOWS = 64  # of a hub data set, unless more are asked for: it may be endless
+BUILTIN_WINDOWS = 32  # unless more are asked for: a minute on two cores
+HUB_WINDOWS = 64  # unless more are asked for: a hub data set may be endless
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class EvalOptions:
         tasks: of :data:`TASKS`.
         text: ``builtin``, a file or a hub data set: windows of perplexity, filler of retrieval.
         config, split, field: of a hub data set; ``field`` of .jsonl and .parquet as well.
-        window, windows: tokens in a window; most windows, None for all of a file.
+        window, windows: tokens in a window; most windows, None for all of a file, 32 of the
+            built-in text and 64 of a hub data set.
         modes: of perplexity.
         lengths, depths, prompts: the retrieval grid, and prompts in each of its cells.
         seed: of the prompts.
@@ -73,7 +75,7 @@ class EvalOptions:
     modes: tuple[Mode, ...] = ("prefill",)
     lengths: tuple[int, ...] = (256, 512, 1024)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    prompts: int = 5
+    prompts: int = 2
     seed: int = 0
     batch: int = 4
     dense: bool = True
@@ -170,7 +172,9 @@ def evaluate(subject: Subject, options: EvalOptions, progress: Progress = SILENT
     tokenizer = subject.tokenizer
     grids_wanted = [task for task in RETRIEVAL if task in options.tasks]
     windows_wanted = options.windows
-    if windows_wanted is None and is_endless(options.text):
+    if windows_wanted is None and options.text == BUILTIN:
+        windows_wanted = BUILTIN_WINDOWS
+    elif windows_wanted is None and is_endless(options.text):
         windows_wanted = HUB_WINDOWS
     text = read_eval_text(
         tokenizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from starkv_core.chat import Conversation, Detokenizer
 from starkv_core.engine import Sampler
 from starkv_core.errors import UserError
+from tests import models
 from tests.standin import StandinSubject, byte_tokenizer, make_subject
 
 TEXTS = [
@@ -274,3 +276,31 @@ def test_transcript_reads_in_order(subject: StandinSubject) -> None:
         conversation.transcript()
         == f"## system\n\nsys\n\n## user\n\nq\n\n## assistant\n\n{answer}\n"
     )
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["running text", "chat template"])
+@pytest.mark.parametrize("window", [None, 12])
+def test_compressed_turns_equal_turns_from_scratch(chat: bool, window: int | None) -> None:
+    """Latents, and sliding windows that cannot go back: both end in the same answers."""
+    tokenizer = byte_tokenizer(chat)
+    changes = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": None}
+    if window is not None:
+        kinds = ["full_attention", "sliding_attention", "full_attention"]
+        loaded = models.model("qwen2", **changes, layer_types=kinds, use_sliding_window=True,
+                              sliding_window=window)  # fmt: skip
+    else:
+        loaded = models.model("qwen2", **changes)
+    subject = models.deployed(replace(loaded, tokenizer=tokenizer))
+    assert subject.compressed
+    conversation = Conversation(subject, max_new_tokens=10)
+    for question in ("one", "two", "three"):
+        answer = ask(conversation, question)
+        fresh = Conversation(subject, max_new_tokens=10)
+        fresh.exchanges = [replace(e, tokens=list(e.tokens)) for e in conversation.exchanges[:-1]]
+        assert ask(fresh, question) == answer
+        assert fresh.last is not None
+        assert conversation.last is not None
+        assert fresh.last.reused_tokens == 0
+        assert fresh.last.cached_tokens == conversation.last.cached_tokens
+    if window is None or not chat:
+        assert conversation.last.reused_tokens > 0
