@@ -7,6 +7,7 @@ padding and later turns need nothing more (docs/design.md, traps 2 and 13).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,7 +49,10 @@ class LatentWeights:
     key_gram: torch.Tensor | None = None
 
 
-def padded_index(ranks: tuple[int, ...], heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+@lru_cache(maxsize=4096)  # asked for in every training forward, always with the same arguments
+def padded_index(
+    ranks: tuple[int, ...], heads: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Channels of each head in rows that hold groups of channels side by side.
 
     Args:
@@ -66,7 +70,7 @@ def padded_index(ranks: tuple[int, ...], heads: int) -> tuple[torch.Tensor, torc
         rows += [torch.where(real, lane + start, 0)] * (heads // len(ranks))
         masks += [real] * (heads // len(ranks))
         start += rank
-    return torch.stack(rows), torch.stack(masks)
+    return torch.stack(rows).to(device), torch.stack(masks).to(device)
 
 
 class RopeTables:

@@ -140,7 +140,7 @@ class TrainedFactors(nn.Module):
 
     def ranks(self, settings: GateSettings, shift: float = 0.0) -> tuple[int, ...]:
         """Components that pass the gate, per block."""
-        opened = (self.gates(settings, shift) > 0).split(self.counts)
+        opened = (self.gates(settings, shift) > 0).cpu().split(self.counts)
         return tuple(int(block.sum()) for block in opened)
 
     @torch.no_grad()
@@ -315,8 +315,7 @@ def _per_head(
     columns: torch.Tensor, ranks: tuple[int, ...], heads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``up [n, R]`` as ``[H, D, r]`` padded with zeros, and the channels ``[H, r]`` of each head."""
-    index, real = padded_index(ranks, heads)
-    index, real = index.to(columns.device), real.to(columns.device)
+    index, real = padded_index(ranks, heads, columns.device)
     members = heads // len(ranks)
     lanes = columns.unflatten(0, (members, -1))  # [heads of a group, D, R]
     member = torch.arange(heads, device=columns.device) % members

@@ -47,7 +47,7 @@ from starkv_core.factors import TrainedFactors
 from starkv_core.models.load import LoadedModel, load
 from starkv_core.models.spec import ModelSpec
 from starkv_core.progress import SILENT, Progress
-from starkv_core.rank_map import LayerRanks
+from starkv_core.rank_map import LayerRanks, RankMap
 from starkv_core.recipe import Recipe, load_recipe
 from starkv_core.run import (
     FACTORS,
@@ -282,11 +282,12 @@ class _Calibration:
                 loss = self.step(step)
                 if not self.frozen and self.ranks_are_done(step):
                     self.freeze()
-                self.record(step, loss)
+                ranks = self.student.ranks(self.shift)
+                self.record(step, loss, ranks)
                 if (step + 1) % recipe.optim.checkpoint_every == 0 or step + 1 == recipe.steps:
                     scalars = {"step": step + 1, "frozen": self.frozen, "shift": self.shift}
                     save_state(self.run_dir, self.student, self.optimizer, scalars)
-                task.advance(1, kl=loss, ratio=self.ratio(), phase="recovery" if self.frozen else "ranks")
+                task.advance(1, kl=loss, ratio=cache_ratio(self.loaded.spec, ranks), phase=self.phase)
         seconds = max(time.monotonic() - began, 1e-9)
         return (recipe.steps - first) * recipe.batch * recipe.data.length / seconds
 
@@ -424,15 +425,16 @@ class _Calibration:
 
     # -- records -------------------------------------------------------------------------------
 
-    def ratio(self) -> float:
-        return cache_ratio(self.loaded.spec, self.student.ranks(self.shift))
+    @property
+    def phase(self) -> str:
+        return "recovery" if self.frozen else "ranks"
 
-    def record(self, step: int, loss: float) -> None:
+    def record(self, step: int, loss: float, ranks: RankMap) -> None:
         line = {
             "step": step + 1,
-            "phase": "recovery" if self.frozen else "ranks",
+            "phase": self.phase,
             "kl": loss,
-            "numbers": self.student.numbers(self.shift),
+            "bytes_per_token": bytes_per_token(self.loaded.spec, ranks),
             "shift": self.shift,
         }
         with open(self.run_dir / METRICS, "a", encoding="utf-8") as file:

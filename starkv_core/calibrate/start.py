@@ -31,7 +31,6 @@ from starkv_core.statistics import LayerStatistics, gather_statistics
 # Under QK-norm a bias cannot carry the mean, so most of it is merely discounted (design section 5).
 _DISCOUNTED_MEAN = 0.98
 _PROBE_ROUNDS = 2
-_PROBE_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -235,7 +234,10 @@ def start_ranks(
         energy = [float(sum(d.sigma.double().square().sum() for d in blocks)) for blocks in groups]
         ranks = filled([1.0 / e for e in energy])
         for _ in range(_PROBE_ROUNDS):
-            ranks = filled(_sensitivities(loaded, starts, ranks, energy, tokens, progress))
+            found = _sensitivities(
+                loaded, starts, ranks, energy, tokens, recipe.start.probes, progress
+            )
+            ranks = filled(found)
     return [(ranks[2 * i], ranks[2 * i + 1]) for i in range(len(starts))]
 
 
@@ -245,10 +247,11 @@ def _sensitivities(
     ranks: list[list[int]],
     energy: list[float],
     tokens: torch.Tensor,
+    probes: int,
     progress: Progress,
 ) -> list[float]:
     """KL per unit of dropped energy, for the keys and the values of every layer in turn."""
-    rows = tokens[: max(1, _PROBE_TOKENS // tokens.shape[1])].to(loaded.device)
+    rows = tokens[:probes].to(loaded.device)
     head = loaded.model.get_output_embeddings().weight
     teacher = [loaded.model.model(row[None], use_cache=False)[0] for row in rows]
     attentions: Any = loaded.family.attentions(loaded.model)
