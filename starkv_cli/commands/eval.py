@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -120,8 +121,12 @@ def _files(subject: Subject, out: Path | None) -> tuple[Path, Path] | None:
         return out / "eval.json", out / "retrieval.png"
     if subject.run_dir is None:
         return None
-    stem = f"eval-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    return subject.run_dir / "results" / f"{stem}.json", subject.run_dir / "figures" / f"{stem}.png"
+    stamp = f"eval-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    results, figures = subject.run_dir / "results", subject.run_dir / "figures"
+    # Two evaluations may end within a second: the later one must not replace the earlier.
+    stems = chain([stamp], (f"{stamp}-{n}" for n in count(2)))
+    stem = next(s for s in stems if not (results / f"{s}.json").exists())
+    return results / f"{stem}.json", figures / f"{stem}.png"
 
 
 def _names(text: str) -> tuple[str, ...]:

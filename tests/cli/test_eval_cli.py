@@ -72,6 +72,24 @@ def test_modes_agree_on_the_deployed_path(
     assert modes["prefill"]["nll"] == pytest.approx(modes["token"]["nll"], rel=1e-4)
 
 
+def test_results_of_one_second_do_not_replace_each_other(
+    on_disk: OnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import starkv_cli.commands.eval as command
+
+    class Frozen(command.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2030, 1, 2, 3, 4, 5, tzinfo=tz)
+
+    monkeypatch.setattr(command, "datetime", Frozen)
+    args = ["--tasks", "perplexity", "--window", 32, "--windows", 1, "--no-dense"]
+    for _ in range(3):
+        assert starkv("eval", on_disk.run, *args, "--text", on_disk.text) == 0
+    names = {path.name for path in on_disk.run.glob("results/eval-2030*.json")}
+    assert names == {f"eval-20300102T030405Z{tail}.json" for tail in ("", "-2", "-3")}
+
+
 def test_results_land_in_the_run(on_disk: OnDisk, capsys: pytest.CaptureFixture[str]) -> None:
     before = set(on_disk.run.rglob("eval-*"))
     done = starkv(
