@@ -173,7 +173,7 @@ _StrictLoader.add_implicit_resolver(
 def parse_yaml(text: str, where: str) -> Any:
     """Value of a YAML text; ``where`` names it in the UserError raised for bad syntax."""
     try:
-        return yaml.load(text, _StrictLoader)  # noqa: S506 - derives from SafeLoader
+        return yaml.load(text, _StrictLoader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
