@@ -122,6 +122,7 @@ def test_yaml_reads_exponents_as_numbers(text: str, value: object) -> None:
         ("a: 1\nb: 2\na: 3", r"here, line 3, column 1: .*'a' stands here twice"),
         ("a: [1", r"here, line 1, column 6: not valid YAML"),
         ("a: !!python/object:os.system x", r"here, line 1, column 4: .*could not determine"),
+        ("{[1]: 2}", r"here, line 1, column 2: .*unhashable key"),
         ("a: 2020-13-45", "here: not valid YAML"),
     ],
 )
