@@ -133,6 +133,7 @@ class StartSection:
     key_group: key heads per factorisation; 1 is head-wise.
     value_group: value heads per factorisation; 0 is joint, all heads of a layer.
     sequences: sequences of data.length tokens that the statistics are taken from.
+    shrinkage: share of the second moments that is replaced by a multiple of the identity.
     probes: sequences, of those, that sensitivities are measured on; for allocation probed.
     slack: components kept in training, times the start ranks; 0 keeps all.
     skip_layers: layers left dense; negative numbers count from the last.
@@ -148,6 +149,7 @@ class StartSection:
     key_group: int = field(default=1, metadata=_COUNT)
     value_group: int = field(default=0, metadata=_NOT_NEGATIVE)
     sequences: int = field(default=64, metadata=_COUNT)
+    shrinkage: float = field(default=0.1, metadata=_FRACTION)
     probes: int = field(default=4, metadata=_COUNT)
     skip_layers: tuple[int, ...] = ()
 

@@ -83,10 +83,12 @@ def decompose_layer(
         mean_v = stats.mixed_mean if mixed else stats.mean
         if start.keys != "weights":
             share = (0.0 if not start.center else _DISCOUNTED_MEAN if spec.qk_norm else 1.0)
-            key_moment = _centred(stats.moment, stats.mean, share)
+            key_moment = _prepared(stats.moment, stats.mean, share, start.shrinkage)
         if start.values != "weights":
             moment = stats.mixed_moment if mixed else stats.moment
-            value_moment = _centred(moment, mean_v, 1.0 if start.center else 0.0)
+            value_moment = _prepared(
+                moment, mean_v, 1.0 if start.center else 0.0, start.shrinkage
+            )
         if start.center:
             key_mean = None if spec.qk_norm else stats.mean
             value_mean = mean_v
@@ -124,9 +126,19 @@ def decompose_layer(
     )
 
 
-def _centred(moment: torch.Tensor, mean: torch.Tensor, share: float) -> torch.Tensor:
+def _prepared(
+    moment: torch.Tensor, mean: torch.Tensor, share: float, shrinkage: float
+) -> torch.Tensor:
+    """Second moment without ``share`` of its mean, shrunk towards a multiple of the identity.
+
+    Directions that are rare in the calibration text can matter most where they occur (a pass-key):
+    the identity's part keeps them from being priced at nothing.
+    """
     mean = mean.double()
-    return moment.double() - share * torch.outer(mean, mean)
+    centred = moment.double() - share * torch.outer(mean, mean)
+    identity = torch.eye(len(mean), dtype=centred.dtype)
+    level = centred.diagonal().mean()
+    return (1.0 - shrinkage) * centred + shrinkage * level * identity
 
 
 @torch.no_grad()
