@@ -82,24 +82,26 @@ def decompose_layer(
         mixed = start.values == "mixed"
         mean_v = stats.mixed_mean if mixed else stats.mean
         if start.keys != "weights":
-            share = (0.0 if not start.center else _DISCOUNTED_MEAN if spec.qk_norm else 1.0)
+            share = 0.0 if not start.center else _DISCOUNTED_MEAN if spec.qk_norm else 1.0
             key_moment = _prepared(stats.moment, stats.mean, share, start.shrinkage)
         if start.values != "weights":
             moment = stats.mixed_moment if mixed else stats.moment
-            value_moment = _prepared(
-                moment, mean_v, 1.0 if start.center else 0.0, start.shrinkage
-            )
+            value_moment = _prepared(moment, mean_v, 1.0 if start.center else 0.0, start.shrinkage)
         if start.center:
             key_mean = None if spec.qk_norm else stats.mean
             value_mean = mean_v
 
-    def blocks(weight: torch.Tensor, group: int, moment: Any, metric_of: Any) -> list[Decomposition]:
+    def blocks(
+        weight: torch.Tensor, group: int, moment: Any, metric_of: Any
+    ) -> list[Decomposition]:
         moment = None if moment is None else moment.to(device, torch.float64)
         found = []
         for heads in head_groups(spec.n_kv_heads, group):
             rows = weight[heads.start * spec.head_dim : heads.stop * spec.head_dim]
             d = decompose(rows, moment, metric_of(heads))
-            found.append(Decomposition(d.up.float().cpu(), d.sigma.float().cpu(), d.down.float().cpu()))
+            found.append(
+                Decomposition(d.up.float().cpu(), d.sigma.float().cpu(), d.down.float().cpu())
+            )
         return found
 
     def key_metric(heads: range) -> torch.Tensor | None:
@@ -171,9 +173,16 @@ def build_start(
     for (i, start), (key_ranks, value_ranks) in zip(starts.items(), ranks, strict=True):
         attention: Any = loaded.family.attentions(loaded.model)[i]
         made[i] = TrainedLayer(
-            _factors(start.keys, key_ranks, recipe, loaded.spec, attention.k_proj.bias, start.key_mean),
             _factors(
-                start.values, value_ranks, recipe, loaded.spec, attention.v_proj.bias, start.value_mean
+                start.keys, key_ranks, recipe, loaded.spec, attention.k_proj.bias, start.key_mean
+            ),
+            _factors(
+                start.values,
+                value_ranks,
+                recipe,
+                loaded.spec,
+                attention.v_proj.bias,
+                start.value_mean,
             ),
             loaded.family.key_norm(attention),
         )
@@ -233,7 +242,9 @@ def start_ranks(
 
     def filled(weights: list[float]) -> list[list[int]]:
         scores = [
-            d.sigma.double().square() * w for blocks, w in zip(groups, weights, strict=True) for d in blocks
+            d.sigma.double().square() * w
+            for blocks, w in zip(groups, weights, strict=True)
+            for d in blocks
         ]
         return split(take_best(scores, budget.numbers))
 
@@ -267,7 +278,7 @@ def _sensitivities(
     head = loaded.model.get_output_embeddings().weight
     teacher = [loaded.model.model(row[None], use_cache=False)[0] for row in rows]
     attentions: Any = loaded.family.attentions(loaded.model)
-    found = []
+    found: list[float] = []
     with progress.task("sensitivity", 2 * len(starts), "probes") as task:
         for i, start in starts.items():
             for linear, blocks, mean in (
