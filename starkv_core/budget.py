@@ -28,7 +28,7 @@ def numbers_per_token(spec: ModelSpec, ranks: RankMap) -> int:
 
 
 def bytes_per_token(spec: ModelSpec, ranks: RankMap) -> int:
-    """Bytes cached per token over all layers, a sliding window counted as if it were full length."""
+    """Bytes cached per token over all layers, a sliding window counted as of full length."""
     return numbers_per_token(spec, ranks) * BYTES_PER_NUMBER
 
 
@@ -88,6 +88,7 @@ def resolve_budget(
     fit: tuple[int, int] | None = None,
     fit_batch: int = 1,
     skip_layers: tuple[int, ...] = (),
+    blocks: int | None = None,
 ) -> Budget:
     """Turn a user's budget into numbers per token for the compressed layers.
 
@@ -96,6 +97,7 @@ def resolve_budget(
         bytes_limit: bytes per token over all layers.
         fit: ``(tokens, bytes)``: this context in this much memory, for ``fit_batch`` rows.
         skip_layers: layers to leave dense, negative ones counted from the end.
+        blocks: factorisations of a layer; None is one per key head and one for all values.
 
     Raises:
         UserError: the budget cannot be met, with the floor, or does not shrink anything.
@@ -128,11 +130,16 @@ def resolve_budget(
 
     kept_dense = (spec.n_layers - len(compressed)) * 2 * spec.kv_width
     numbers = int(limit / BYTES_PER_NUMBER + 1e-9) - kept_dense
-    floor = len(compressed) * (spec.n_kv_heads + 1)
+    if numbers >= len(compressed) * 2 * spec.kv_width:
+        raise UserError(
+            f"budget: {asked} shrinks nothing: the dense cache takes {dense} bytes per token; "
+            "lower the budget"
+        )
+    floor = len(compressed) * (blocks or spec.n_kv_heads + 1)
     if numbers < floor:
         least = (floor + kept_dense) * BYTES_PER_NUMBER
         raise UserError(
-            f"budget: {asked} is below the floor: every head keeps a rank of 1 and "
+            f"budget: {asked} is below the floor: every factorisation keeps a rank of 1 and "
             f"{spec.n_layers - len(compressed)} layers stay dense, which takes {least} bytes per "
             f"token (ratio {dense / least:.2f}); raise the budget"
         )

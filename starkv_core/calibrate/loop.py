@@ -1,7 +1,8 @@
 """The calibration: ranks under the budget, the exact budget, recovery (docs/design.md section 2).
 
-1. Ranks: factors and thresholds train together. ``star`` holds the stored bytes to a falling limit by
-   shifting all thresholds by the multiplier that meets it; ``paper`` adds ``gamma * sum exp(-alpha)``.
+1. Ranks: factors and thresholds train together. ``star`` holds the stored bytes to a falling limit
+   by shifting all thresholds by the multiplier that meets it; ``paper`` adds
+   ``gamma * sum exp(-alpha)``.
 2. Exact budget: of all components the ones furthest above their thresholds stay, as many as the
    budget allows, never more.
 3. Recovery: thresholds are frozen and the factors train on by distillation alone.
@@ -41,7 +42,7 @@ from starkv_core.calibrate.start import build_start, gate_settings, group_sizes
 from starkv_core.calibrate.state import load_start, load_state, save_start, save_state
 from starkv_core.calibrate.student import Student, checkpointed
 from starkv_core.data.corpus import documents
-from starkv_core.data.packing import pack
+from starkv_core.data.packing import pack, with_recall
 from starkv_core.errors import RunFailure, UserError
 from starkv_core.factors import TrainedFactors
 from starkv_core.models.load import LoadedModel, load
@@ -104,14 +105,19 @@ class CalibrationResult:
         """For a table of two columns."""
         rows = [
             ("method", self.method),
-            ("cache bytes per token", f"{self.bytes_per_token} (dense {self.dense_bytes_per_token})"),
+            (
+                "cache bytes per token",
+                f"{self.bytes_per_token} (dense {self.dense_bytes_per_token})",
+            ),
             ("cache ratio", f"{self.ratio:.3f}"),
             ("paper rate (compressed layers alone)", f"{self.paper_rate:.1%}"),
         ]
         if self.kl is not None:
             rows.append(("KL to the base model, deployed", f"{self.kl:.4f} nats per token"))
         if self.tokens_per_second is not None:
-            rows.append(("training", f"{self.tokens} tokens, {self.tokens_per_second:.0f} per second"))
+            rows.append(
+                ("training", f"{self.tokens} tokens, {self.tokens_per_second:.0f} per second")
+            )
         if self.peak_memory is not None:
             rows.append(("peak GPU memory", f"{self.peak_memory / 2**30:.2f} GiB"))
         return [*rows, ("time", f"{self.seconds:.1f} s")]
@@ -142,19 +148,16 @@ def budget_for(recipe: Recipe, spec: ModelSpec) -> Budget:
             f"{spec.max_positions}; lower data.length"
         )
     b = recipe.budget
-    budget = resolve_budget(
+    key_group, value_group = group_sizes(recipe.start, spec)
+    return resolve_budget(
         spec,
         ratio=b.ratio,
         bytes_limit=b.bytes_per_token,
         fit=None if b.fit is None else (b.fit_tokens, b.fit_bytes),
         fit_batch=b.batch,
         skip_layers=recipe.start.skip_layers,
+        blocks=spec.n_kv_heads // key_group + spec.n_kv_heads // value_group,
     )
-    key_group, value_group = group_sizes(recipe.start, spec)
-    blocks = spec.n_kv_heads // key_group + spec.n_kv_heads // value_group
-    if budget.numbers < blocks * len(budget.compressed):
-        raise UserError("budget: below one rank per group and layer; raise the budget")
-    return budget
 
 
 def training_sequences(recipe: Recipe) -> int:
@@ -164,12 +167,14 @@ def training_sequences(recipe: Recipe) -> int:
 
 
 def calibration_tokens(recipe: Recipe, tokenizer: Any) -> torch.Tensor:
-    """int64 ``[N, L]``: first those kept out of training, then those for statistics and training."""
+    """int64 ``[N, L]``: those kept out of training, then those for statistics and training."""
     d = recipe.data
     count = _CHECK_SEQUENCES + max(recipe.start.sequences, training_sequences(recipe))
-    return pack(
+    rows = pack(
         tokenizer, documents(d.source, d.config, d.split, d.field), d.length, count, recipe.seed
     )
+    used = with_recall(rows[_CHECK_SEQUENCES:], d.recall, recipe.seed)
+    return torch.cat([rows[:_CHECK_SEQUENCES], used])
 
 
 def run_calibration(
@@ -287,7 +292,9 @@ class _Calibration:
                 if (step + 1) % recipe.optim.checkpoint_every == 0 or step + 1 == recipe.steps:
                     scalars = {"step": step + 1, "frozen": self.frozen, "shift": self.shift}
                     save_state(self.run_dir, self.student, self.optimizer, scalars)
-                task.advance(1, kl=loss, ratio=cache_ratio(self.loaded.spec, ranks), phase=self.phase)
+                task.advance(
+                    1, kl=loss, ratio=cache_ratio(self.loaded.spec, ranks), phase=self.phase
+                )
         seconds = max(time.monotonic() - began, 1e-9)
         return (recipe.steps - first) * recipe.batch * recipe.data.length / seconds
 
@@ -365,7 +372,9 @@ class _Calibration:
 
     def rank_loss(self) -> torch.Tensor:
         """The paper's ``sum exp(-alpha)`` over key heads and layers."""
-        return torch.stack([a.neg().exp().sum().to(self.loaded.device) for a in self.alphas()]).sum()
+        return torch.stack(
+            [a.neg().exp().sum().to(self.loaded.device) for a in self.alphas()]
+        ).sum()
 
     def multiplier(self, step: int) -> torch.Tensor:
         """The shift of all thresholds at which the soft ranks meet this step's limit.
@@ -407,7 +416,7 @@ class _Calibration:
         settings = self.student.settings
         found = list(self.factors())
         for f in found:
-            f.alpha += self.shift
+            f.alpha.add_(self.shift)
         self.shift = 0.0
         scores = [level for f in found for level in f.levels(settings)]
         ranks = iter(take_best(scores, self.budget.numbers))
@@ -470,9 +479,7 @@ class _Calibration:
             tokens_per_second=rate,
             peak_memory=peak,
         )
-        write_manifest(
-            self.run_dir, {**manifest, "calibration": result.to_dict()}, [FACTORS]
-        )
+        write_manifest(self.run_dir, {**manifest, "calibration": result.to_dict()}, [FACTORS])
         shutil.rmtree(self.run_dir / "calibration", ignore_errors=True)
         return result
 
@@ -517,7 +524,13 @@ def export_run(run_dir: str | Path, device: str | None = None) -> CalibrationRes
             layer.set_ranks(layer_ranks, settings)
     subject = export(run_dir, Student(loaded, kept, settings))
     result = _result(
-        subject, recipe.method, kl=None, seconds=0.0, tokens=0, tokens_per_second=None, peak_memory=None
+        subject,
+        recipe.method,
+        kl=None,
+        seconds=0.0,
+        tokens=0,
+        tokens_per_second=None,
+        peak_memory=None,
     )
     write_manifest(run_dir, {**manifest, "calibration": result.to_dict()}, [FACTORS])
     return result

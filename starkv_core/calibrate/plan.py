@@ -10,7 +10,7 @@ import torch
 
 from starkv_core.budget import BYTES_PER_NUMBER
 from starkv_core.calibrate.loop import budget_for, training_sequences
-from starkv_core.models.load import EMBEDDED_NAME, inspect
+from starkv_core.models.load import EMBEDDED_NAME, inspect, pick_device
 from starkv_core.models.spec import ModelSpec
 from starkv_core.recipe import Recipe
 
@@ -81,16 +81,14 @@ def plan(recipe: Recipe, *, device: str | None = None) -> Plan:
         UserError: whatever :func:`starkv_core.calibrate.run_calibration` would refuse of these.
     """
     m = recipe.model
-    spec, parameters = inspect(
-        m.name, revision=m.revision, trust_remote_code=m.trust_remote_code
-    )
+    spec, parameters = inspect(m.name, revision=m.revision, trust_remote_code=m.trust_remote_code)
     budget = budget_for(recipe, spec)
     kept_dense = (spec.n_layers - len(budget.compressed)) * 2 * spec.kv_width
     after = (budget.numbers + kept_dense) * BYTES_PER_NUMBER
     trained = _trained_numbers(recipe, spec, budget.numbers, len(budget.compressed))
     tokens = recipe.steps * recipe.batch * recipe.data.length
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    item = 4 if torch.device(target).type == "cpu" and m.dtype in ("auto", "float32") else 2
+    target = pick_device(device)
+    item = 4 if target.type == "cpu" and m.dtype in ("auto", "float32") else 2
     return Plan(
         model=m.name or EMBEDDED_NAME,
         method=recipe.method,
@@ -108,7 +106,7 @@ def plan(recipe: Recipe, *, device: str | None = None) -> Plan:
         sequences=training_sequences(recipe),
         memory=_memory(recipe, spec, parameters, trained, item),
         seconds=_seconds(recipe, parameters, tokens, target, item),
-        device=target,
+        device=str(target),
     )
 
 
@@ -132,9 +130,9 @@ def _memory(recipe: Recipe, spec: ModelSpec, parameters: int, trained: int, item
     return parameters * item + trained * _STATE_BYTES + checkpoints + inside + logits
 
 
-def _seconds(recipe: Recipe, parameters: int, tokens: int, device: str, item: int) -> float:
+def _seconds(recipe: Recipe, parameters: int, tokens: int, device: torch.device, item: int) -> float:
     """Work over a rate measured now with one product."""
-    size = 1024 if device == "cpu" else 8192
+    size = 1024 if device.type == "cpu" else 8192
     dtype = torch.float32 if item == 4 else torch.bfloat16
     a = torch.randn(size, size, device=device, dtype=dtype)
     (a @ a).sum().item()

@@ -93,14 +93,13 @@ def load(
     Raises:
         UserError: nothing there, an unsupported architecture, pickled weights.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, label, common = _source(name, revision, trust_remote_code)
     family = family_of(_config(source, label, common), label)
     if device_map is None:
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"device {device!r}: no GPU that torch can use; use --device cpu")
+        target = pick_device(device)
         on_cpu = target.type == "cpu"
         placement: Any = {"": str(target)} if target.type != "cpu" else None
     else:
@@ -113,26 +112,49 @@ def load(
         raise UserError(f"dtype {dtype!r}: use auto, {', '.join(_DTYPES)}")
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch_dtype,
             device_map=placement,
             use_safetensors=True,
             attn_implementation="sdpa",
+            output_loading_info=True,
             **common,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(
             f"{label}: cannot load it (safetensors weights and a tokenizer are needed): "
             f"{_first_line(error)}"
         ) from error
+    lacking = sorted(report["missing_keys"])
+    if lacking:
+        # transformers would fill them with random numbers.
+        raise UserError(
+            f"{label}: the checkpoint lacks {len(lacking)} of the model's tensors: "
+            f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"
+        )
     if any(p.is_meta for p in model.parameters()):
         raise UserError(
             f"{label}: device_map moved weights off the GPUs (offloading); "
             "use a device_map that keeps every layer on a GPU"
         )
     return prepare(model, tokenizer, label, family)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """A device by its name; None is a GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"device {name!r}: use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r}: no GPU that torch can use; use --device cpu")
+    return device
 
 
 def inspect(
