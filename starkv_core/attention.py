@@ -18,7 +18,7 @@ from starkv_core.models.family import Family
 from starkv_core.models.spec import ModelSpec, Rope
 from triton_ops.latent_attention import expand_heads, latent_attention, rotate
 
-DECODE_QUERIES = 16  # up to so many new tokens are scored against latents; more rebuild keys for SDPA
+DECODE_QUERIES = 16  # up to so many new tokens read the latents; more rebuild keys for SDPA
 
 
 @dataclass(frozen=True)
@@ -84,21 +84,23 @@ class RopeTables:
         """Float32 ``[length, D]`` cos and sin for slots 0 to ``length - 1``."""
         cos, sin = self._tables.get(device, (None, None))
         if cos is None or sin is None or len(cos) < length:
-            cos, sin = self._rope.tables(0, max(length, 2 * len(cos) if cos is not None else 256), device)
+            cos, sin = self._rope.tables(
+                0, max(length, 2 * len(cos) if cos is not None else 256), device
+            )
             self._tables[device] = cos, sin
         return cos[:length], sin[:length]
 
 
 def latents(weights: LatentWeights, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is cached for ``hidden [B, L, d]``: key latents ``[B, L, R]``, value latents ``[B, L, r_v]``."""
+    """What is cached for ``hidden [B, L, d]``: key latents ``[B, L, R]``, values' ``[B, L, r_v]``."""
     keys = F.linear(hidden, weights.key_down)
     if weights.key_eps is not None:
-        keys = _normalised(weights, keys)
+        keys = _normalised(weights, keys, weights.key_eps)
     return keys, F.linear(hidden, weights.value_down)
 
 
-def _normalised(weights: LatentWeights, keys: torch.Tensor) -> torch.Tensor:
-    """Latents over the root mean square of the key they stand for (docs/design.md section 2, QK-norm)."""
+def _normalised(weights: LatentWeights, keys: torch.Tensor, eps: float) -> torch.Tensor:
+    """Latents over the root mean square of their key (docs/design.md section 2, QK-norm)."""
     heads, dim, rank = weights.key_up.shape
     x = keys[..., weights.key_index.reshape(-1)].unflatten(-1, (heads, rank)).float()
     real = _real_channels(weights)
@@ -108,16 +110,16 @@ def _normalised(weights: LatentWeights, keys: torch.Tensor) -> torch.Tensor:
         if weights.key_gram is None
         else torch.einsum("blhr,hrs,blhs->blh", x, weights.key_gram.float(), x)
     )
-    scale = torch.rsqrt(energy / dim + weights.key_eps)
+    scale = torch.rsqrt(energy / dim + eps)
     owner = torch.empty(keys.shape[-1], dtype=torch.long, device=keys.device)
-    owner[weights.key_index[real]] = (
-        torch.arange(heads, device=keys.device)[:, None].expand(heads, rank)[real]
-    )
+    owner[weights.key_index[real]] = torch.arange(heads, device=keys.device)[:, None].expand(
+        heads, rank
+    )[real]
     return (keys * scale[..., owner]).to(keys.dtype)
 
 
 def _real_channels(weights: LatentWeights) -> torch.Tensor:
-    """Bool ``[H_kv, r]``: False where ``key_index`` is padding (0 anywhere but in its own place)."""
+    """Bool ``[H_kv, r]``: False where ``key_index`` is padding (0 out of its own place)."""
     index = weights.key_index
     real = index != 0
     real[0, 0] = True
@@ -160,7 +162,7 @@ class CompressedAttention:
         """Output of the module, ``[B, L, d]``, for new tokens ``hidden [B, L, d]``.
 
         Args:
-            mask: as transformers passes it: None (causal), bool or additive ``[B, 1 or H, L, slots]``.
+            mask: transformers' own: None (causal), bool or additive ``[B, 1 or H, L, slots]``.
             cache: transformers cache; its layer becomes a :class:`LatentLayer` if still empty.
         """
         spec = self.spec
@@ -222,10 +224,8 @@ class CompressedAttention:
         return layer
 
 
-def _allowed(
-    mask: torch.Tensor | None, past: int, n_new: int, like: torch.Tensor
-) -> torch.Tensor:
-    """Bool ``[B, heads, n_new, past + n_new]``: where new tokens may attend; causal when no mask is given."""
+def _allowed(mask: torch.Tensor | None, past: int, n_new: int, like: torch.Tensor) -> torch.Tensor:
+    """Bool ``[B, heads, n_new, past + n_new]``: where new tokens may attend (None: causal)."""
     if mask is None:
         slot = torch.arange(past + n_new, device=like.device)
         seen = slot[None, :] <= slot[past:, None]

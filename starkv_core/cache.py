@@ -1,9 +1,9 @@
 """The compressed cache: a transformers ``Cache`` that stores latents and nothing else.
 
 Three kinds of layer stand in one cache: :class:`LatentLayer` for compressed layers,
-:class:`DenseLayer` for layers kept dense, :class:`WindowLayer` for sliding windows. All store 16-bit
-numbers whatever the model computes in, grow in place by blocks, and move every stored row alike on
-beam reorder, batch selection and crop (docs/design.md, traps 11 and 14).
+:class:`DenseLayer` for layers kept dense, :class:`WindowLayer` for sliding windows. All store
+16-bit numbers whatever the model computes in, grow in place by blocks, and move every stored row
+alike on beam reorder, batch selection and crop (docs/design.md, traps 11 and 14).
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class _GrowingLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     supports_early_init = False
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -53,6 +55,7 @@ class _GrowingLayer(CacheLayerMixin):
         """Store ``[B, L, width]`` rows in place; returns views of all filled slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_rows, value_rows)
+        assert self.keys is not None and self.values is not None
         stop = self.length + key_rows.shape[1]
         if stop > self.keys.shape[1]:
             self.keys = self._grown(self.keys, stop)
@@ -91,7 +94,7 @@ class _GrowingLayer(CacheLayerMixin):
         self.length = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove ``-tokens_to_remove`` tokens from the end (a negative number, as transformers has it).
+        """Remove ``-tokens_to_remove`` tokens from the end (negative, as transformers has it).
 
         A positive number is transformers' older meaning: the length to keep.
         """
@@ -118,7 +121,7 @@ class _GrowingLayer(CacheLayerMixin):
 
 
 class LatentLayer(_GrowingLayer):
-    """Latents of one compressed layer: keys ``[B, L, sum of key ranks]``, values ``[B, L, r_v]``."""
+    """Latents of one compressed layer: keys ``[B, L, R]`` of all heads, values ``[B, L, r_v]``."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -149,6 +152,9 @@ class DenseLayer(_GrowingLayer):
 
 class WindowLayer(DynamicSlidingWindowLayer):
     """transformers' sliding window, stored in 16 bits."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, sliding_window: int, dtype: torch.dtype) -> None:
         super().__init__(sliding_window)
@@ -197,12 +203,10 @@ class LatentCache(Cache):
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes of a dense 16-bit cache of as many tokens and rows, with nothing allocated ahead."""
+        """Bytes of a dense 16-bit cache of as many tokens and rows, nothing allocated ahead."""
         rows = next((layer.keys.shape[0] for layer in self.layers if layer.keys is not None), 0)
         return rows * self.get_seq_length() * self.spec.dense_bytes_per_token
 
     def latent_tokens(self) -> list[int]:
         """Tokens held by each compressed layer; empty when there is none."""
         return [layer.length for layer in self.layers if isinstance(layer, LatentLayer)]
-
-

@@ -89,13 +89,14 @@ def head_groups(n_heads: int, group: int) -> Iterator[range]:
 def query_metric(query_energy: torch.Tensor) -> torch.Tensor:
     """Metric of one key head, ``diag(w)``: what a key error costs in the scores.
 
-    RoPE turns each pair of dimensions by every angle, so over relative positions the second moment of
-    the queries averages to one weight per pair (docs/design.md section 5).
+    RoPE turns each pair of dimensions by every angle, so over relative positions the second moment
+    of the queries averages to one weight per pair (docs/design.md section 5).
 
     Args:
         query_energy: ``[D]`` mean square of the queries before RoPE, summed over the group's heads.
     """
-    pair = 0.5 * sum(query_energy.double().chunk(2))
+    first, second = query_energy.double().chunk(2)
+    pair = 0.5 * (first + second)
     weight = torch.cat((pair, pair))
     # A pair that the queries never use still gets a share, so that the metric stays invertible.
     return torch.diag(weight + 1e-3 * weight.mean() + torch.finfo(weight.dtype).tiny)

@@ -20,6 +20,7 @@ from starkv_core.decompose import Decomposition
 from starkv_core.errors import UserError
 from starkv_core.gate import gate, openness, threshold_for_rank
 from starkv_core.models.load import LoadedModel
+from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import LayerRanks
 
 Shift = torch.Tensor | float
@@ -36,11 +37,12 @@ class GateSettings:
 class TrainedFactors(nn.Module):
     """Gated factors of one projection (keys or values): one block per group of heads.
 
-    Parameters are float32 masters: ``up [n, N]`` and ``down [N, d]`` hold the components of all blocks
-    side by side, ``counts`` of each, with ``n`` = D times the heads of a group; ``alpha [blocks]``.
-    ``bias [H_kv * D]`` is that of the projection plus what cut-off components owed to the mean input.
-    ``mean_response [N]`` is what each component answers to the mean input: the part that closed gates
-    hold back goes into the bias, so that the mean's error is zero at any rank.
+    Parameters are float32 masters: ``up [n, N]`` and ``down [N, d]`` hold the components of all
+    blocks side by side, ``counts`` of each, with ``n`` = D times the heads of a group;
+    ``alpha [blocks]``. ``bias [H_kv * D]`` is that of the projection plus what cut-off components
+    owed to the mean input. ``mean_response [N]`` is what each component answers to the mean input:
+    the part that closed gates hold back goes into the bias, so that the mean's error is zero at any
+    rank.
 
     Args:
         counts: components of each block.
@@ -107,7 +109,7 @@ class TrainedFactors(nn.Module):
                     (b.up[:, n:] * b.sigma[n:]) @ r[n:]
                     for b, r, n in zip(blocks, responses, counts, strict=True)
                 ]
-                made.bias += torch.cat(owed).to(made.bias)
+                made.bias.add_(torch.cat(owed).to(made.bias))
         return made
 
     @property
@@ -154,8 +156,8 @@ class TrainedFactors(nn.Module):
         for i, (now, wanted) in enumerate(zip(self.ranks(settings), ranks, strict=True)):
             if wanted > self.counts[i]:
                 raise UserError(
-                    f"rank {wanted} is asked for, but only {self.counts[i]} components were kept in "
-                    "training (start.slack); lower the rank or calibrate with more slack"
+                    f"rank {wanted} is asked for, but only {self.counts[i]} components were kept "
+                    "in training (start.slack); lower the rank or calibrate with more slack"
                 )
             if now != wanted:
                 self.alpha[i] = threshold_for_rank(sigmas[i], wanted, log_units=settings.log_units)
@@ -168,7 +170,7 @@ class TrainedFactors(nn.Module):
         """``[heads, D]``: the bias plus what closed or part-closed components owe to the mean."""
         if self.bias is None:
             return None
-        bias = self.bias
+        bias: torch.Tensor = self.bias
         if self.mean_response is not None:
             owed = self.up * ((self.sigma - gates) * self.mean_response)
             bias = bias + torch.cat([part.sum(1) for part in owed.split(self.counts, 1)])
@@ -314,7 +316,7 @@ FOLDED_TENSORS = ("key_up", "key_down", "key_bias", "value_up", "value_down", "v
 def _per_head(
     columns: torch.Tensor, ranks: tuple[int, ...], heads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``up [n, R]`` as ``[H, D, r]`` padded with zeros, and the channels ``[H, r]`` of each head."""
+    """``up [n, R]`` as ``[H, D, r]`` padded with zeros, and each head's channels ``[H, r]``."""
     index, real = padded_index(ranks, heads, columns.device)
     members = heads // len(ranks)
     lanes = columns.unflatten(0, (members, -1))  # [heads of a group, D, R]
@@ -370,30 +372,35 @@ def layers_from(
     Raises:
         UserError: tensors missing or misshapen.
     """
-    spec = loaded.spec
     attentions: Any = loaded.family.attentions(loaded.model)
     made = {}
     try:
         for key, pair in json.loads(counts).items():
             i, prefix = int(key), f"layers.{key}."
             mine = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            factors = []
-            for kind, block_counts in zip(("keys", "values"), pair, strict=True):
-                rows = spec.kv_width // len(block_counts)
-                factors.append(
-                    TrainedFactors(
-                        tuple(block_counts),
-                        spec.n_kv_heads,
-                        rows,
-                        spec.hidden,
-                        f"{kind}.bias" in mine,
-                        f"{kind}.mean_response" in mine,
-                    )
-                )
-            layer = TrainedLayer(*factors, loaded.family.key_norm(attentions[i]))
+            key_counts, value_counts = pair
+            layer = TrainedLayer(
+                _blank(loaded.spec, key_counts, "keys", mine),
+                _blank(loaded.spec, value_counts, "values", mine),
+                loaded.family.key_norm(attentions[i]),
+            )
             layer.load_state_dict(mine)
             made[i] = layer
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{where}: does not fit the model: {first}") from error
     return made
+
+
+def _blank(
+    spec: ModelSpec, counts: list[int], kind: str, tensors: Mapping[str, torch.Tensor]
+) -> TrainedFactors:
+    """Factors of the right shape for saved ``tensors``, yet to be filled."""
+    return TrainedFactors(
+        tuple(counts),
+        spec.n_kv_heads,
+        spec.kv_width // len(counts),
+        spec.hidden,
+        f"{kind}.bias" in tensors,
+        f"{kind}.mean_response" in tensors,
+    )

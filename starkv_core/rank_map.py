@@ -39,7 +39,9 @@ class RankMap:
         return {
             "schema": SCHEMA,
             "layers": [
-                "dense" if layer is None else {"keys": list(layer.keys), "values": _plain(layer.values)}
+                "dense"
+                if layer is None
+                else {"keys": list(layer.keys), "values": _plain(layer.values)}
                 for layer in self.layers
             ],
         }
@@ -91,7 +93,8 @@ class RankMap:
             for name, ranks in (("key", layer.keys), ("value", layer.values)):
                 if spec.n_kv_heads % len(ranks):
                     faults.append(
-                        f"layer {i}: {len(ranks)} {name} ranks do not divide {spec.n_kv_heads} heads"
+                        f"layer {i}: {len(ranks)} {name} ranks do not divide "
+                        f"{spec.n_kv_heads} heads"
                     )
                     continue
                 full = min(spec.hidden, spec.head_dim * (spec.n_kv_heads // len(ranks)))

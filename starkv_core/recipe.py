@@ -109,6 +109,8 @@ class DataSection:
     field: field of .jsonl, .parquet and hub data sets that holds the text.
     length: tokens per sequence.
     sequences: sequences to train on, in turn, again and again; 0 is as many as the steps take.
+    recall: share of the sequences that end by repeating an earlier part of themselves, so that
+        in-context recall, which plain text rarely asks for, is calibrated too.
     """
 
     source: str = "builtin"
@@ -117,6 +119,7 @@ class DataSection:
     field: str = "text"
     length: int = dataclasses.field(default=1024, metadata={"range": _Range(2)})
     sequences: int = dataclasses.field(default=0, metadata=_NOT_NEGATIVE)
+    recall: float = dataclasses.field(default=0.25, metadata=_FRACTION)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A run folder on disk, and a model ready to use, dense or compressed (docs/design.md section 7)."""
+"""A run folder on disk, and a model ready to use, dense or not (docs/design.md section 7)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from starkv_core.factors import (
 from starkv_core.models.load import LoadedModel, load
 from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import LayerRanks, RankMap
-from starkv_core.surgery import compressed
+from starkv_core.surgery import WeightsOf, compressed
 
 RANKS = "ranks.yaml"
 FACTORS = "factors.safetensors"
@@ -100,7 +100,7 @@ class Subject:
         """Context in which the model runs compressed (for a dense subject, as it is)."""
         return compressed(
             self.base,
-            {i: (lambda w=w: w) for i, w in self.weights.items()},
+            {i: _always(weights) for i, weights in self.weights.items()},
             store_dtype=self.store_dtype,
             backend=self.backend,
             tables=self.tables,
@@ -109,6 +109,10 @@ class Subject:
     def new_cache(self) -> LatentCache:
         """An empty cache for ``generate`` or ``forward`` inside :meth:`active`."""
         return LatentCache(self.spec, self.ranks, self.store_dtype)
+
+
+def _always(weights: LatentWeights) -> WeightsOf:
+    return lambda: weights
 
 
 def dense_of(subject: Subject) -> Subject:
@@ -136,7 +140,7 @@ def deployed_subject(
     """A compressed model from folded factors, in the dtype and on the devices of the base model."""
     attentions = loaded.family.attentions(loaded.model)
     weights = {
-        i: layer.weights(loaded.dtype, attentions[i].q_proj.weight.device)  # type: ignore[union-attr,arg-type]
+        i: layer.weights(loaded.dtype, attentions[i].q_proj.weight.device)  # type: ignore[union-attr]
         for i, layer in layers.items()
     }
     return Subject(
@@ -296,5 +300,7 @@ def _rank_fault(ranks: LayerRanks, found: Mapping[str, torch.Tensor | None]) -> 
         if up is None or down is None or up.ndim != 2 or down.ndim != 2:
             return f"{name} factors are missing or misshapen"
         if up.shape[1] != wanted or down.shape[0] != wanted:
-            return f"{name} factors have rank {up.shape[1]} and {down.shape[0]}, the map says {wanted}"
+            return (
+                f"{name} factors have rank {up.shape[1]} and {down.shape[0]}, the map says {wanted}"
+            )
     return None

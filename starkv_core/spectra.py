@@ -1,4 +1,7 @@
-"""Spectra of key and value weights, and what each kind of decomposition loses (the paper's figures 5 to 7)."""
+"""Spectra of key and value weights, and what each kind of decomposition loses.
+
+The paper's figures 5 to 7 (STAR-KV, arXiv 2606.08382) show these.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ class LayerSpectra:
 
 @dataclass(frozen=True)
 class SpectraReport:
-    """Spectra of a model; ``whitened`` by the second moment of the inputs or of the bare weights."""
+    """Spectra of a model; ``whitened`` by the inputs' second moment or of the bare weights."""
 
     model: str
     whitened: bool
@@ -68,7 +71,7 @@ def analyze_spectra(
     """Spectra of every layer.
 
     Args:
-        tokens: int64 ``[N, L]``; given, the weights are whitened by the inputs' second moment on them.
+        tokens: int64 ``[N, L]``; given, weights are whitened by the inputs' second moment on them.
     """
     spec = loaded.spec
     layers = list(range(spec.n_layers))
@@ -81,7 +84,13 @@ def analyze_spectra(
     with progress.task("spectra", len(layers), "layers") as task:
         for i in layers:
             found.append(
-                _layer(loaded, i, attentions[i].k_proj.weight, attentions[i].v_proj.weight, moments.get(i))
+                _layer(
+                    loaded,
+                    i,
+                    attentions[i].k_proj.weight,
+                    attentions[i].v_proj.weight,
+                    moments.get(i),
+                )
             )
             task.advance()
     return SpectraReport(loaded.name, tokens is not None, found)
@@ -99,7 +108,10 @@ def _layer(
 
     def blocks(weight: torch.Tensor, group: int) -> list[Decomposition]:
         rows = weight.detach().split(spec.head_dim * group)
-        return [decompose(r, moment) for r, _ in zip(rows, head_groups(spec.n_kv_heads, group), strict=True)]
+        return [
+            decompose(r, moment)
+            for r, _ in zip(rows, head_groups(spec.n_kv_heads, group), strict=True)
+        ]
 
     kinds = {"hd": 1, "jd": spec.n_kv_heads}
     keys = {kind: blocks(key_weight, group) for kind, group in kinds.items()}
@@ -110,7 +122,8 @@ def _layer(
         keys=torch.stack([b.sigma for b in keys["hd"]]).cpu(),
         values=joint.cpu(),
         key_energy_ranks=tuple(
-            sum(energy_rank(b.sigma, level) for b in keys["hd"]) / len(keys["hd"]) for level in LEVELS
+            sum(energy_rank(b.sigma, level) for b in keys["hd"]) / len(keys["hd"])
+            for level in LEVELS
         ),
         value_energy_ranks=tuple(float(energy_rank(joint, level)) for level in LEVELS),
         key_errors={k: _errors(b, spec.kv_width) for k, b in keys.items()},

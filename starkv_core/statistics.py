@@ -118,7 +118,9 @@ class _Accumulator:
 
 
 @contextmanager
-def _hooked(loaded: LoadedModel, layers: list[int], mixed: bool) -> Iterator[dict[int, _Accumulator]]:
+def _hooked(
+    loaded: LoadedModel, layers: list[int], mixed: bool
+) -> Iterator[dict[int, _Accumulator]]:
     attentions = loaded.family.attentions(loaded.model)
     found = {i: _Accumulator(loaded, i, mixed) for i in layers}
     handles = [

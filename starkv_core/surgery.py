@@ -23,7 +23,7 @@ def compressed(
     backend: str = "reference",
     tables: RopeTables | None = None,
 ) -> Iterator[Any]:
-    """Run the model with some layers compressed; the base model is back on leaving, whatever happens.
+    """Run the model with some layers compressed; the base model is back on leaving, come what may.
 
     Args:
         loaded: the base model; its weights are shared, not copied.

@@ -1,16 +1,16 @@
 """Every tolerance of the suite, with its reason. None is loosened without a new reason here."""
 
 FP32_LOGITS = 2e-4
-"""Logits of small random models (magnitude about 1 to 10) in float32 along another order of sums."""
+"""Logits of small random models (magnitude 1 to 10) in float32 along another order of sums."""
 
 FP64_OP = 1e-6
 """Relative error of a float32 op against the same mathematics in float64."""
 
 FULL_RANK_LOGITS = 5e-4
-"""Full rank against the base model: float32 factors of float64 decompositions, through all layers."""
+"""Full rank against the base model: float32 factors of float64 decompositions, all layers."""
 
 BF16_LATENTS = 0.05
-"""Relative error of logits when latents alone are stored in bfloat16 (8 bits of mantissa, 2^-9 each)."""
+"""Relative error of logits when latents alone are stored in bfloat16 (2^-9 each)."""
 
 CARD_PERPLEXITY = 1e-3
 """Perplexity against the model card's rounded figure: its last digit is 4e-4 of it."""

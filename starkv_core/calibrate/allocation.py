@@ -1,7 +1,7 @@
 """Ranks under a budget: water-filling at the start, the exact budget after learning.
 
-With 16-bit latents every rank of every block costs the same two bytes a token, so under a byte budget
-the best ranks are the best components, whatever layer they are in (docs/design.md section 5).
+With 16-bit latents every rank of every block costs the same two bytes a token, so under a byte
+budget the best ranks are the best components, whatever their layer (docs/design.md section 5).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ COLUMNS = 32768  # vocabulary entries held at once
 
 class _ChunkedKL(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor
     ) -> torch.Tensor:
         need_grad = student.requires_grad
@@ -39,8 +39,8 @@ class _ChunkedKL(torch.autograd.Function):
         return total / len(student)
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
-        return ctx.grad * (upstream / ctx.count).to(ctx.grad.dtype), None, None
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.grad * (upstream[0] / ctx.count).to(ctx.grad.dtype), None, None
 
 
 def _log_norm(hidden: torch.Tensor, pieces: tuple[torch.Tensor, ...]) -> torch.Tensor:

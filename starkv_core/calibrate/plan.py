@@ -130,7 +130,9 @@ def _memory(recipe: Recipe, spec: ModelSpec, parameters: int, trained: int, item
     return parameters * item + trained * _STATE_BYTES + checkpoints + inside + logits
 
 
-def _seconds(recipe: Recipe, parameters: int, tokens: int, device: torch.device, item: int) -> float:
+def _seconds(
+    recipe: Recipe, parameters: int, tokens: int, device: torch.device, item: int
+) -> float:
     """Work over a rate measured now with one product."""
     size = 1024 if device.type == "cpu" else 8192
     dtype = torch.float32 if item == 4 else torch.bfloat16

@@ -230,8 +230,8 @@ def start_ranks(
     """Ranks of keys and values per compressed layer, by ``start.allocation``.
 
     ``uniform``: the same share everywhere. ``common``: one threshold on sigma for all. ``probed``:
-    water-filling of ``sensitivity * sigma^2``, the sensitivity being the KL that a layer's keys (or
-    values) alone cause at the ranks of the round before, over the energy they drop there.
+    water-filling of ``sensitivity * sigma^2``, from the KL that a layer's keys (or values) alone
+    cause at the ranks of the round before.
     """
     groups = [blocks for s in starts.values() for blocks in (s.keys, s.values)]
     sizes = [len(d.sigma) for blocks in groups for d in blocks]
@@ -273,7 +273,10 @@ def _sensitivities(
     probes: int,
     progress: Progress,
 ) -> list[float]:
-    """KL per unit of dropped energy, for the keys and the values of every layer in turn."""
+    """Worth of a unit of ``sigma^2``, for the keys and the values of every layer in turn.
+
+    The square root of the KL per share of energy dropped, over the energy.
+    """
     rows = tokens[:probes].to(loaded.device)
     head = loaded.model.get_output_embeddings().weight
     teacher = [loaded.model.model(row[None], use_cache=False)[0] for row in rows]
@@ -296,8 +299,11 @@ def _sensitivities(
                         hidden = loaded.model.model(row[None], use_cache=False)[0]
                         total += float(distillation_loss(hidden, target, head))
                 # Where nothing was dropped there is nothing to measure: any small worth will do.
-                floor = 1e-6 * energy[len(found)]
-                found.append(max(total / len(rows), 1e-8) / max(dropped, floor))
+                share = max(dropped / energy[len(found)], 1e-6)
+                measured = max(total / len(rows), 1e-8) / share
+                # The geometric mean with relative energy: a probe on plain text is blind to uses
+                # that are rare in it, such as recall, and would starve the layers that serve them.
+                found.append(measured**0.5 / energy[len(found)])
                 task.advance()
     return found
 

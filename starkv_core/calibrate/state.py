@@ -35,7 +35,10 @@ def load_start(run_dir: Path, loaded: LoadedModel) -> dict[int, TrainedLayer] | 
 
 
 def save_state(
-    run_dir: Path, student: torch.nn.Module, optimizer: torch.optim.Optimizer, scalars: dict[str, Any]
+    run_dir: Path,
+    student: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scalars: dict[str, Any],
 ) -> None:
     """Parameters, the optimiser's moments and scalars such as the step, in one atomic file."""
     tensors = {f"student.{k}": v.detach() for k, v in student.state_dict().items()}

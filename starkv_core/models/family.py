@@ -16,7 +16,7 @@ from starkv_core.models.spec import ModelSpec, Rope
 
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
 _REFUSED_ROPE = {
-    "dynamic": "its frequencies change with the length of the sequence, so cached latents would go stale",
+    "dynamic": "its frequencies change with the sequence's length, so latents would go stale",
     "longrope": "its frequencies switch at a length, so cached latents would go stale",
 }
 
@@ -62,6 +62,8 @@ class Family:
         if kinds is None:
             # Mistral's config carries a window but no layer types: it then holds for every layer.
             kinds = ["sliding_attention" if window else "full_attention"] * count
+        if window is None:
+            return {}
         return {i: window for i, kind in enumerate(kinds) if kind != "full_attention"}
 
     def spec(self, rope: Rope) -> ModelSpec:

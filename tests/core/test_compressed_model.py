@@ -292,7 +292,11 @@ def test_surgery_is_undone_even_after_an_error() -> None:
 def test_surgery_does_not_nest() -> None:
     loaded = models.model("llama")
     subject = models.deployed(loaded, models.ragged_ranks(loaded))
-    with subject.active(), pytest.raises(RuntimeError, match="compressed already"), subject.active():
+    with (
+        subject.active(),
+        pytest.raises(RuntimeError, match="compressed already"),
+        subject.active(),
+    ):
         pass
 
 
@@ -316,9 +320,7 @@ def test_latents_are_refused_to_the_dense_model() -> None:
 def test_sliding_window_layers_stay_dense_and_are_counted() -> None:
     """A window shorter than the text: those layers keep the last tokens, the others latents."""
     kinds = ["sliding_attention", "full_attention", "full_attention"]
-    loaded = models.model(
-        "qwen2", use_sliding_window=True, sliding_window=16, layer_types=kinds
-    )
+    loaded = models.model("qwen2", use_sliding_window=True, sliding_window=16, layer_types=kinds)
     assert loaded.spec.windows == {0: 16}
     live = models.student(loaded, models.recipe(start={"slack": 0}, budget={"ratio": 1.2}))
     for layer in live.by_layer().values():

@@ -37,7 +37,9 @@ def test_best_under_moment_and_metric() -> None:
     found = decompose(w, moment, metric)
     torch.testing.assert_close(found.sigma, s)
     for rank in (1, 4, 11):
-        long_way = torch.linalg.inv(half) @ (u[:, :rank] * s[:rank]) @ v[:rank] @ torch.linalg.inv(root)
+        long_way = (
+            torch.linalg.inv(half) @ (u[:, :rank] * s[:rank]) @ v[:rank] @ torch.linalg.inv(root)
+        )
         torch.testing.assert_close(found.product(rank), long_way)
         dropped = float(s[rank:].square().sum())
         assert cost(w - found.product(rank), moment, metric) == pytest.approx(dropped)
@@ -58,7 +60,9 @@ def test_channels_have_unit_mean_square_on_the_data() -> None:
     w = torch.randn(N, D, dtype=torch.float64)
     moment = positive(D)
     down = decompose(w, moment).down
-    torch.testing.assert_close((down @ moment @ down.T).diagonal(), torch.ones(N, dtype=torch.float64))
+    torch.testing.assert_close(
+        (down @ moment @ down.T).diagonal(), torch.ones(N, dtype=torch.float64)
+    )
 
 
 def test_query_metric_is_the_mean_over_all_relative_positions() -> None:

@@ -65,7 +65,11 @@ def latent_attention(
     }
     if key_bias is not None:
         expected["key_bias"] = (key_bias.shape, (kv_heads, dim))
-    wrong = [f"{k} {tuple(got)}, expected {want}" for k, (got, want) in expected.items() if tuple(got) != want]
+    wrong = [
+        f"{k} {tuple(got)}, expected {want}"
+        for k, (got, want) in expected.items()
+        if tuple(got) != want
+    ]
     if heads % kv_heads:
         wrong.append(f"{heads} query heads do not divide among {kv_heads} key heads")
     if allowed.shape[1] not in (1, kv_heads):

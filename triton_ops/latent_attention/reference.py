@@ -70,9 +70,7 @@ def latent_attention_reference(
     mixed = q.new_zeros((*q.shape[:-1], value_latents.shape[-1]))
     for start in range(0, length, tile):
         stop = min(start + tile, length)
-        keys = expand_heads(
-            key_latents[:, start:stop].to(wide), key_index, key_up.to(wide), bias
-        )
+        keys = expand_heads(key_latents[:, start:stop].to(wide), key_index, key_up.to(wide), bias)
         keys = rotate(keys, cos[start:stop].to(wide), sin[start:stop].to(wide))
         scores = torch.einsum("bhgqd,bhld->bhgql", q, keys) * scale
         seen = allowed[..., start:stop].unsqueeze(2)
