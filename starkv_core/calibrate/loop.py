@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ from typing import Any
 import torch
 
 from starkv_core.artifacts import (
+    check_disk_space,
+    find_run_dir,
     new_manifest,
     new_run_dir,
     read_manifest,
+    refuse_existing,
     write_manifest,
     write_text_atomic,
     write_yaml_atomic,
@@ -44,7 +47,7 @@ from starkv_core.calibrate.student import Student, checkpointed
 from starkv_core.data.corpus import documents
 from starkv_core.data.packing import pack, with_recall
 from starkv_core.errors import RunFailure, UserError
-from starkv_core.factors import TrainedFactors
+from starkv_core.factors import TrainedFactors, TrainedLayer
 from starkv_core.models.load import LoadedModel, load
 from starkv_core.models.spec import ModelSpec
 from starkv_core.progress import SILENT, Progress
@@ -66,6 +69,8 @@ RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 _CHECK_SEQUENCES = 4  # kept out of training, to measure the exported model on
 _MICRO_TOKENS = 4096  # tokens that go through the model at once
+_DISK_BYTES = 28  # a trained number: its start, the state and, while that is replaced, the next one
+_DISK_ONE_SHOT = 8  # the same without training: trained and folded form
 _SQUEEZE = 0.7  # share of the rank steps after which the limit has come down to the budget
 _SLACK_START = 0.8  # where it starts, between the budget (0) and all stored components (1)
 
@@ -166,6 +171,18 @@ def training_sequences(recipe: Recipe) -> int:
     return min(used, recipe.data.sequences) if recipe.data.sequences else used
 
 
+def trained_numbers(recipe: Recipe, spec: ModelSpec, budget: Budget) -> int:
+    """Upper bound on numbers in factors: ``d`` per component below, and its rows above."""
+    layers = len(budget.compressed)
+    full = layers * (spec.n_kv_heads * spec.key_rank + spec.value_rank)
+    slack = recipe.start.slack
+    spare = int(slack * budget.numbers) + layers * (spec.n_kv_heads + 1)
+    kept = full if slack == 0 else min(full, spare)
+    # Joint value factors have the most rows; counting half of the components as values is close.
+    rows = 0.5 * spec.head_dim * recipe.start.key_group + 0.5 * spec.kv_width
+    return int(kept * (spec.hidden + rows))
+
+
 def calibration_tokens(recipe: Recipe, tokenizer: Any) -> torch.Tensor:
     """int64 ``[N, L]``: those kept out of training, then those for statistics and training."""
     d = recipe.data
@@ -200,14 +217,16 @@ def run_calibration(
     """
     run_dir = Path(out)
     if resume:
-        new_run_dir(run_dir, resume=True)
+        find_run_dir(run_dir)
+        for leftover in run_dir.rglob(".*.tmp"):  # of a write that was killed
+            leftover.unlink()
         if recipe.to_dict() != load_recipe(run_dir / RECIPE).to_dict():
             raise UserError(
                 f"{run_dir}: was started with another recipe than the one given; "
                 "leave --recipe and --set out to resume it, or give another --out"
             )
-    elif run_dir.exists():
-        new_run_dir(run_dir, resume=False)
+    else:
+        refuse_existing(run_dir)
 
     loaded = load_for(recipe, device)
     budget = budget_for(recipe, loaded.spec)
@@ -218,15 +237,17 @@ def run_calibration(
         if FACTORS in manifest["files"]:
             return CalibrationResult(**manifest["calibration"])
     else:
-        new_run_dir(run_dir, resume=False)
-        write_yaml_atomic(run_dir / RECIPE, recipe.to_dict())
+        numbers = trained_numbers(recipe, loaded.spec, budget)
+        check_disk_space(run_dir, numbers * (_DISK_BYTES if recipe.steps else _DISK_ONE_SHOT))
         base = {
             "name": None if recipe.model.name is None else str(recipe.model.name),
             "revision": recipe.model.revision,
             "fingerprint": loaded.fingerprint,
             "dtype": str(loaded.dtype).removeprefix("torch."),
         }
-        manifest = write_manifest(run_dir, new_manifest(base, recipe.seed), [RECIPE])
+        with new_run_dir(run_dir) as folder:
+            write_yaml_atomic(folder / RECIPE, recipe.to_dict())
+            manifest = write_manifest(folder, new_manifest(base, recipe.seed), [RECIPE])
     return _Calibration(recipe, run_dir, loaded, budget, tokens, progress).run(manifest)
 
 
@@ -469,6 +490,7 @@ class _Calibration:
     ) -> CalibrationResult:
         on_gpu = self.loaded.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        write_ranks(self.run_dir, self.student.ranks())
         subject = export(self.run_dir, self.student)
         result = _result(
             subject,
@@ -484,14 +506,19 @@ class _Calibration:
         return result
 
 
-def export(run_dir: Path, student: Student) -> Subject:
-    """Fold a student and write ``ranks.yaml`` and the factors; returns the deployed model."""
+def export(
+    run_dir: Path, student: Student, trained: Mapping[int, TrainedLayer] | None = None
+) -> Subject:
+    """Fold a student and write the factors; returns the deployed model.
+
+    Args:
+        trained: trained form to keep; by default that of the student's own layers.
+    """
     loaded = student.loaded
     layers = student.by_layer()
     folded = {i: layer.fold(student.settings) for i, layer in layers.items()}
     ranks = student.ranks()
-    write_ranks(run_dir, ranks)
-    write_factors(run_dir, ranks, folded, layers, student.settings, loaded.dtype)
+    write_factors(run_dir, ranks, folded, trained or layers, student.settings, loaded.dtype)
     return deployed_subject(loaded, ranks, folded, run_dir)
 
 
@@ -511,18 +538,16 @@ def export_run(run_dir: str | Path, device: str | None = None) -> CalibrationRes
     check_base(run_dir, manifest["base_model"], loaded)
     ranks.check(loaded.spec, f"{run_dir}/{RANKS}")
     layers, settings = read_trained(run_dir, loaded, manifest["files"][FACTORS])
-    wanted = {i for i, layer in enumerate(ranks.layers) if layer is not None}
-    if wanted - layers.keys():
-        raise UserError(
-            f"{run_dir}/{RANKS}: layers {sorted(wanted - layers.keys())} were left dense in "
-            "training and have no factors"
-        )
-    kept = {i: layer for i, layer in layers.items() if i in wanted}
-    for i, layer in kept.items():
-        layer_ranks = ranks.layers[i]
+    faults = list(_export_faults(ranks, layers))
+    if faults:
+        raise UserError.many(f"{run_dir}/{RANKS}: cannot be exported", faults)
+    kept = {}
+    for i, layer_ranks in enumerate(ranks.layers):
         if layer_ranks is not None:
-            layer.set_ranks(layer_ranks, settings)
-    subject = export(run_dir, Student(loaded, kept, settings))
+            kept[i] = layers[i]
+            kept[i].set_ranks(layer_ranks, settings)
+    # Layers made dense keep their trained form in the file: the edit can be taken back.
+    subject = export(run_dir, Student(loaded, kept, settings), layers)
     result = _result(
         subject,
         recipe.method,
@@ -534,6 +559,26 @@ def export_run(run_dir: str | Path, device: str | None = None) -> CalibrationRes
     )
     write_manifest(run_dir, {**manifest, "calibration": result.to_dict()}, [FACTORS])
     return result
+
+
+def _export_faults(ranks: RankMap, layers: Mapping[int, TrainedLayer]) -> Iterator[str]:
+    for i, wanted in enumerate(ranks.layers):
+        if wanted is None:
+            continue
+        if i not in layers:
+            yield f"layer {i} was left dense in training and has no factors"
+            continue
+        pairs = (("key", layers[i].keys, wanted.keys), ("value", layers[i].values, wanted.values))
+        for name, factors, asked in pairs:
+            if len(asked) != factors.blocks:
+                yield f"layer {i}: {len(asked)} {name} ranks, but training had {factors.blocks}"
+                continue
+            for rank, stored in zip(asked, factors.counts, strict=True):
+                if rank > stored:
+                    yield (
+                        f"layer {i}: {name} rank {rank} is above the {stored} components that "
+                        "training kept (start.slack)"
+                    )
 
 
 @torch.inference_mode()

@@ -195,10 +195,10 @@ def build_start(
 
 
 def gate_settings(recipe: Recipe) -> Any:
-    """Slope and units of the gate; without training nothing adapts to it, so it is a plain cut."""
+    """Slope and units of the gate; where no ranks are learned it is a plain cut."""
     from starkv_core.factors import GateSettings
 
-    slope = recipe.optim.gate_slope if recipe.steps else 1e9
+    slope = recipe.optim.gate_slope if recipe.rank_steps else 1e9
     return GateSettings(slope, log_units=recipe.method == "star")
 
 
