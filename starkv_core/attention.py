@@ -92,7 +92,7 @@ class RopeTables:
 
 
 def latents(weights: LatentWeights, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is cached for ``hidden [B, L, d]``: key latents ``[B, L, R]``, values' ``[B, L, r_v]``."""
+    """What is cached for ``hidden [B, L, d]``: ``[B, L, R]`` for keys, ``[B, L, r]`` for values."""
     keys = F.linear(hidden, weights.key_down)
     if weights.key_eps is not None:
         keys = _normalised(weights, keys, weights.key_eps)

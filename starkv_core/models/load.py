@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,15 +114,16 @@ def load(
         raise UserError(f"dtype {dtype!r}: use auto, {', '.join(_DTYPES)}")
 
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=torch_dtype,
-            device_map=placement,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            **common,
-        )
+        with _without_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=torch_dtype,
+                device_map=placement,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                **common,
+            )
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(
@@ -155,6 +158,21 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {name!r}: no GPU that torch can use; use --device cpu")
     return device
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide transformers' bar over the weights; the hub's, over long downloads, stays."""
+    from transformers.utils import logging
+
+    def disabled(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return factory(*args, **{**kwargs, "disable": True})
+
+    before = logging.set_tqdm_hook(disabled)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def inspect(
