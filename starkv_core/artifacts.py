@@ -275,25 +275,40 @@ def check_schema(found: object, what: str) -> None:
         )
 
 
-def new_run_dir(out: str | os.PathLike[str], *, resume: bool) -> Path:
-    """Make the run folder ``out``; with ``resume``, find the one that is there.
+def refuse_existing(out: str | os.PathLike[str]) -> None:
+    """UserError if there is something at ``out``: nothing is ever overwritten."""
+    if os.path.lexists(out):
+        raise UserError(f"{out} already exists; continue it with --resume, or give another --out")
 
-    UserError if it exists without ``resume`` (nothing is ever overwritten), or is missing with it.
-    """
+
+def find_run_dir(out: str | os.PathLike[str]) -> Path:
+    """The run folder ``out`` to resume. UserError if there is none."""
     path = Path(out)
-    if resume:
-        if not path.is_dir():
-            raise UserError(f"{path}: no run to resume there; leave out --resume to start it")
-        return path
-    try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(
-            f"{path} already exists; continue it with --resume, or give another --out"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be made ({error.strerror}); give another --out") from error
+    if not path.is_dir():
+        raise UserError(f"{path}: no run to resume there; leave out --resume to start it")
     return path
+
+
+@contextmanager
+def new_run_dir(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder that becomes the run folder ``out`` once the block has succeeded.
+
+    So a kill leaves a run that can be resumed, or none. UserError if ``out`` exists or cannot be
+    made.
+    """
+    path = Path(out).absolute()
+    refuse_existing(out)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}); give another --out") from error
+    try:
+        yield temporary
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync_folder(path.parent)
 
 
 def new_manifest(base_model: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import LayerRanks
 
 Shift = torch.Tensor | float
+_APART = 1e-5  # least relative distance of the last component kept from the first dropped
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class TrainedFactors(nn.Module):
         """Move the thresholds of those blocks whose rank is not yet the given one.
 
         Raises:
-            UserError: a rank above the stored components, or tied singular values.
+            UserError: a rank above the stored components, or above the rank of the weights.
         """
         sigmas = self.sigma.split(self.counts)
         for i, (now, wanted) in enumerate(zip(self.ranks(settings), ranks, strict=True)):
@@ -160,10 +161,12 @@ class TrainedFactors(nn.Module):
                     "in training (start.slack); lower the rank or calibrate with more slack"
                 )
             if now != wanted:
+                # Values that float32 cannot hold apart would leave or stay together.
+                sigmas[i][wanted:].clamp_(max=float(sigmas[i][wanted - 1]) * (1 - _APART))
                 self.alpha[i] = threshold_for_rank(sigmas[i], wanted, log_units=settings.log_units)
         if self.ranks(settings) != tuple(ranks):
             raise UserError(
-                f"ranks {ranks} cannot be reached: tied singular values give {self.ranks(settings)}"
+                f"ranks {ranks} cannot be reached: the weights have rank {self.ranks(settings)}"
             )
 
     def live_bias(self, gates: torch.Tensor) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from starkv_core.budget import BYTES_PER_NUMBER
-from starkv_core.calibrate.loop import budget_for, training_sequences
+from starkv_core.calibrate.loop import budget_for, trained_numbers, training_sequences
 from starkv_core.models.load import EMBEDDED_NAME, inspect, pick_device
 from starkv_core.models.spec import ModelSpec
 from starkv_core.recipe import Recipe
@@ -85,7 +85,7 @@ def plan(recipe: Recipe, *, device: str | None = None) -> Plan:
     budget = budget_for(recipe, spec)
     kept_dense = (spec.n_layers - len(budget.compressed)) * 2 * spec.kv_width
     after = (budget.numbers + kept_dense) * BYTES_PER_NUMBER
-    trained = _trained_numbers(recipe, spec, budget.numbers, len(budget.compressed))
+    trained = trained_numbers(recipe, spec, budget)
     tokens = recipe.steps * recipe.batch * recipe.data.length
     target = pick_device(device)
     item = 4 if target.type == "cpu" and m.dtype in ("auto", "float32") else 2
@@ -108,16 +108,6 @@ def plan(recipe: Recipe, *, device: str | None = None) -> Plan:
         seconds=_seconds(recipe, parameters, tokens, target, item),
         device=str(target),
     )
-
-
-def _trained_numbers(recipe: Recipe, spec: ModelSpec, numbers: int, layers: int) -> int:
-    """Numbers in factors: ``d`` per component below, and its rows above."""
-    full = layers * (spec.n_kv_heads * spec.key_rank + spec.value_rank)
-    slack = recipe.start.slack
-    kept = full if slack == 0 else min(full, int(slack * numbers) + layers * (spec.n_kv_heads + 1))
-    # Joint value factors have the most rows; counting half of the components as values is close.
-    rows = 0.5 * spec.head_dim * recipe.start.key_group + 0.5 * spec.kv_width
-    return int(kept * (spec.hidden + rows))
 
 
 def _memory(recipe: Recipe, spec: ModelSpec, parameters: int, trained: int, item: int) -> int:

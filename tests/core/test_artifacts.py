@@ -15,6 +15,7 @@ from starkv_core import artifacts
 from starkv_core.artifacts import (
     check_disk_space,
     check_schema,
+    find_run_dir,
     new_manifest,
     new_run_dir,
     parse_yaml,
@@ -215,17 +216,34 @@ def test_missing_tensor_file(tmp_path: Path) -> None:
 # --- run folders ---------------------------------------------------------------------------------
 
 
-def test_new_run_dir_never_overwrites(tmp_path: Path) -> None:
+def test_new_run_dir_is_whole_or_absent(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "x"
-    assert new_run_dir(run, resume=False) == run
-    with pytest.raises(UserError, match=r"already exists; continue it with --resume"):
-        new_run_dir(run, resume=False)
-    assert new_run_dir(run, resume=True) == run
+    with pytest.raises(RuntimeError), new_run_dir(run) as folder:
+        (folder / "a").touch()
+        raise RuntimeError
+    assert names(tmp_path / "runs") == []
+    with new_run_dir(run) as folder:
+        (folder / "a").touch()
+        assert not run.exists()
+    assert names(tmp_path / "runs") == ["x"]
+    assert names(run) == ["a"]
+    assert find_run_dir(run) == run
     with pytest.raises(UserError, match="no run to resume there"):
-        new_run_dir(tmp_path / "y", resume=True)
+        find_run_dir(tmp_path / "y")
+
+
+def test_new_run_dir_never_overwrites(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="already exists"):
-        new_run_dir(tmp_path / "file", resume=False)
+    for name in ("folder", "file"):
+        with (
+            pytest.raises(UserError, match=r"already exists; continue it with --resume"),
+            new_run_dir(tmp_path / name),
+        ):
+            pass
+    with pytest.raises(UserError, match="cannot be made"), new_run_dir(tmp_path / "file" / "x"):
+        pass
+    assert names(tmp_path) == ["file", "folder"]
 
 
 def test_manifest_round_trip_with_checksums(tmp_path: Path) -> None:
