@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from starkv_cli.console import emit_json, note, print_table, progress
+from starkv_cli.options import BaseModel, Device, Dtype
 from starkv_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,10 +43,8 @@ def spectra(
     ] = "builtin",
     sequences: Annotated[int, typer.Option(help="Sequences of it.", min=1)] = 64,
     length: Annotated[int, typer.Option(help="Tokens in each.", min=2)] = 1024,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    device: Device = None,
+    dtype: Dtype = "auto",
     out: Annotated[
         Path | None,
         typer.Option(help="New folder. Default: runs/spectra-MODEL, written over."),
@@ -140,9 +139,7 @@ def _print_spectra(report: SpectraReport) -> None:
 
 def ranks(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
-    model: Annotated[
-        str | None, typer.Option(help="Where the base model of RUN lies now, if it has moved.")
-    ] = None,
+    model: BaseModel = None,
     out: Annotated[
         Path | None, typer.Option(help="New PNG. Default: RUN/figures/ranks.png, written over.")
     ] = None,

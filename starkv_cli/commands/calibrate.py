@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from starkv_cli.console import Interrupted, emit_json, note, print_table, progress
+from starkv_cli.options import Device
 from starkv_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,9 +41,7 @@ def calibrate(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
-    ] = None,
+    device: Device = None,
     export: Annotated[
         Path | None,
         typer.Option(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from starkv_cli.console import emit_json, note
+from starkv_cli.options import BaseModel, Device, Dtype, SubjectArgument
 from starkv_core.errors import StarkvError, UserError
 
 if TYPE_CHECKING:
@@ -33,13 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 def chat(
-    subject: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RUN|MODEL]",
-            help="Run folder, model folder or hub id. Default: the embedded model.",
-        ),
-    ] = None,
+    subject: SubjectArgument = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Answer this and leave: answer on stdout, figures on stderr.")
@@ -48,13 +43,9 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Share of probability to sample from.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    model: Annotated[
-        str | None, typer.Option(help="Where the base model of RUN lies now, if it has moved.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    model: BaseModel = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="With --prompt: print answer and figures as JSON.")
     ] = False,

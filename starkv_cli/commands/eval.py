@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from starkv_cli.console import emit_json, note, print_table, progress
+from starkv_cli.options import BaseModel, Device, Dtype, SubjectArgument
 from starkv_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,13 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    subject: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RUN|MODEL]",
-            help="Run folder, model folder or hub id. Default: the embedded model.",
-        ),
-    ] = None,
+    subject: SubjectArgument = None,
     tasks: Annotated[
         str, typer.Option(help="Of perplexity, passkey and kv, with commas.")
     ] = "perplexity,passkey,kv",
@@ -60,13 +55,9 @@ def evaluate(
     prompts: Annotated[int, typer.Option(help="Prompts for each length and depth.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     batch: Annotated[int, typer.Option(help="Windows or prompts at a time.")] = 4,
-    model: Annotated[
-        str | None, typer.Option(help="Where the base model of RUN lies now, if it has moved.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    model: BaseModel = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
     out: Annotated[
         Path | None,
         typer.Option(help="New folder for report and figure. Default: in RUN; of a MODEL, none."),
