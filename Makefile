@@ -25,7 +25,7 @@ demo: $(READY) ## compress the embedded model, talk to it, compare it with the d
 	$(BIN)/starkv analyze spectra --out $(DEMO)/spectra
 	$(BIN)/starkv calibrate --recipe recipes/tiny.yaml --out $(DEMO)/tiny
 	$(BIN)/starkv chat $(DEMO)/tiny --prompt "The history of the city begins" --max-new-tokens 64
-	$(BIN)/starkv eval $(DEMO)/tiny
+	$(BIN)/starkv eval $(DEMO)/tiny --windows 16 --prompts 1
 
 test: $(READY) ## lint, types and tests
 	$(BIN)/python -m ruff check .
