@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # imported late by training: once here, not in every child
-from transformers import PreTrainedTokenizerFast  # noqa: F401
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
 import starkv_core.calibrate.loop as loop
 import starkv_core.calibrate.start as start
