@@ -52,8 +52,8 @@ def pack(
 def with_recall(rows: torch.Tensor, share: float, seed: int) -> torch.Tensor:
     """Make a ``share`` of the rows end by repeating an earlier part of themselves.
 
-    The part is between an eighth and a half of a row, taken anywhere before the repetition. The same
-    rows and ``seed`` give the same result.
+    The part is between an eighth and a half of a row, taken anywhere before the repetition. The
+    same rows and ``seed`` give the same result.
 
     Args:
         rows: int64 ``[N, L]``; not changed.
