@@ -109,8 +109,6 @@ class DataSection:
     field: field of .jsonl, .parquet and hub data sets that holds the text.
     length: tokens per sequence.
     sequences: sequences to train on, in turn, again and again; 0 is as many as the steps take.
-    recall: share of the sequences that end by repeating an earlier part of themselves, so that
-        in-context recall, which plain text rarely asks for, is calibrated too.
     """
 
     source: str = "builtin"
@@ -119,7 +117,6 @@ class DataSection:
     field: str = "text"
     length: int = dataclasses.field(default=1024, metadata={"range": _Range(2)})
     sequences: int = dataclasses.field(default=0, metadata=_NOT_NEGATIVE)
-    recall: float = dataclasses.field(default=0.25, metadata=_FRACTION)
 
 
 @dataclass(frozen=True)
@@ -241,9 +238,9 @@ _METHOD_DEFAULTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
             "slack": 1.25,
         },
         "optim": {
-            "lr": 2e-3,
+            "lr": 3e-3,
             "lr_relative": True,
-            "threshold_lr": 2e-2,
+            "threshold_lr": 3e-3,
             "weight_decay": 0.0,
             "beta1": 0.9,
             "beta2": 0.95,

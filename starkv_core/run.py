@@ -201,7 +201,7 @@ def check_base(run_dir: Path, base: Mapping[str, Any], loaded: LoadedModel) -> N
         raise UserError(
             f"{run_dir}: made for other weights than {loaded.name} has "
             f"(fingerprint {base.get('fingerprint')}, got {loaded.fingerprint}); "
-            "name the right base model with --model"
+            "the run needs the weights it was made for"
         )
 
 

@@ -20,7 +20,7 @@ from starkv_core.models.load import LoadedModel
 from starkv_core.progress import SILENT, Progress
 from triton_ops.latent_attention import rotate
 
-_ROWS = 512  # query rows whose attention probabilities are held at once
+_ROWS = 256  # query rows of all heads whose attention probabilities are held at once
 
 
 @dataclass
@@ -96,16 +96,16 @@ class _Accumulator:
         q = rotate(q, cos, sin)
         k = rotate(k.transpose(1, 2), cos, sin)
         future = torch.ones(length, length, dtype=torch.bool, device=y.device).triu(1)
+        k = k.repeat_interleave(spec.group, 1)
         for b in range(batch):
-            for h in range(spec.n_heads):
-                for start in range(0, length, _ROWS):
-                    rows = slice(start, start + _ROWS)
-                    scores = q[b, h, rows] @ k[b, h // spec.group].T * attention.scaling
-                    p = scores.float().masked_fill(future[rows], float("-inf")).softmax(-1)
-                    mixed = (p.to(y.dtype) @ y[b]).float()
-                    self.sums.mixed_mean += mixed.sum(0)
-                    self.sums.mixed_moment += mixed.T @ mixed
-                    self.mixed_rows += len(mixed)
+            for start in range(0, length, _ROWS):
+                rows = slice(start, start + _ROWS)
+                scores = q[b, :, rows] @ k[b].transpose(1, 2) * attention.scaling
+                p = scores.float().masked_fill(future[rows], float("-inf")).softmax(-1)
+                mixed = (p.to(y.dtype) @ y[b]).flatten(0, 1).float()  # [H * rows, d]
+                self.sums.mixed_mean += mixed.sum(0)
+                self.sums.mixed_moment += mixed.T @ mixed
+                self.mixed_rows += len(mixed)
 
     def finish(self) -> LayerStatistics:
         """Means over everything added, on the CPU."""

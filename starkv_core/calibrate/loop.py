@@ -45,7 +45,7 @@ from starkv_core.calibrate.start import build_start, gate_settings, group_sizes
 from starkv_core.calibrate.state import load_start, load_state, save_start, save_state
 from starkv_core.calibrate.student import Student, checkpointed
 from starkv_core.data.corpus import documents
-from starkv_core.data.packing import pack, with_recall
+from starkv_core.data.packing import pack
 from starkv_core.errors import RunFailure, UserError
 from starkv_core.factors import TrainedFactors, TrainedLayer
 from starkv_core.models.load import LoadedModel, load
@@ -187,11 +187,9 @@ def calibration_tokens(recipe: Recipe, tokenizer: Any) -> torch.Tensor:
     """int64 ``[N, L]``: those kept out of training, then those for statistics and training."""
     d = recipe.data
     count = _CHECK_SEQUENCES + max(recipe.start.sequences, training_sequences(recipe))
-    rows = pack(
+    return pack(
         tokenizer, documents(d.source, d.config, d.split, d.field), d.length, count, recipe.seed
     )
-    used = with_recall(rows[_CHECK_SEQUENCES:], d.recall, recipe.seed)
-    return torch.cat([rows[:_CHECK_SEQUENCES], used])
 
 
 def run_calibration(

@@ -49,31 +49,6 @@ def pack(
     return rows[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
 
 
-def with_recall(rows: torch.Tensor, share: float, seed: int) -> torch.Tensor:
-    """Make a ``share`` of the rows end by repeating an earlier part of themselves.
-
-    The part is between an eighth and a half of a row, taken anywhere before the repetition. The
-    same rows and ``seed`` give the same result.
-
-    Args:
-        rows: int64 ``[N, L]``; not changed.
-        share: fraction of rows, 0 to 1.
-        seed: of which rows, which part and how long.
-
-    Returns:
-        int64 ``[N, L]``.
-    """
-    order = random.Random(seed)
-    length = rows.shape[1]
-    made = rows.clone()
-    for row in made:
-        if order.random() < share:
-            size = order.randint(max(1, length // 8), max(1, length // 2))
-            start = order.randint(0, length - 2 * size)
-            row[length - size :] = row[start : start + size].clone()
-    return made
-
-
 def _shuffled(docs: Iterable[str], order: random.Random) -> Iterator[str]:
     """All of ``docs``, each drawn at random from a buffer that the stream refills."""
     buffer: list[str] = []

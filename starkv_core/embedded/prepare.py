@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starkv_core.errors import UserError
+from starkv_core.eval.retrieval_tasks import TASKS, make_prompt
 
 VOCAB_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"
@@ -40,6 +41,7 @@ CALIBRATION_BYTES = {"book": 13_000, "file": 60_000}
 CALIBRATION_BOOKS = 60
 HELDOUT_BYTES = {"book": 26_000, "file": 20_000}
 EXCERPT_BYTES = 16_000
+CALIBRATION_RECALL = 250  # retrieval documents, about a seventh of the calibration text
 
 
 def read_documents(path: Path) -> list[str]:
@@ -116,6 +118,25 @@ def shipped_text(corpus: Corpus, heldout: bool, seed: int) -> str:
     return SEPARATOR.join(pieces) + "\n"
 
 
+def retrieval_documents(tokenizer: Any, text: str, count: int, seed: int) -> list[str]:
+    """Pass-key and key-value documents with their answers, filled up from ``text``.
+
+    The embedded model was trained on such documents; text alone never asks for recall, and a
+    calibration that never sees it prices the components that serve it at nothing.
+    """
+    rng = random.Random(seed)
+    filler = tokenizer(text, add_special_tokens=False).input_ids
+    found = []
+    for number in range(count):
+        task = TASKS[number % len(TASKS)]
+        prompt = make_prompt(task, tokenizer, filler, rng.randint(190, 460), rng.random(), rng)
+        document = tokenizer.decode(prompt.input_ids + prompt.answer_ids) + "."
+        # Needles stand between tokens, which may be parts of one character.
+        document = document.replace("\ufffd", "")
+        found.append(re.sub(r"\n\s*\n\s*\n+", "\n\n", document).strip())
+    return found
+
+
 def train_tokenizer(documents: Iterable[str]) -> Any:
     """A byte-level BPE of ``VOCAB_SIZE`` tokens, every digit a token of its own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -183,6 +204,10 @@ def prepare(folder: Path, out: Path, seed: int) -> dict[str, int]:
     sample = [document for document in everything if rng.random() < 1 / 3]
     tokenizer = train_tokenizer(sample)
     tokenizer.save_pretrained(out / "tokenizer")
+    text = (out / "calibration.txt").read_text(encoding="utf-8")
+    recall = retrieval_documents(tokenizer, text, CALIBRATION_RECALL, seed)
+    text = SEPARATOR.join([text.rstrip("\n"), *recall]) + "\n"
+    (out / "calibration.txt").write_text(text, encoding="utf-8")
     train = tokenize(tokenizer, everything)
     write_tokens(out / "train.u16.xz", train)
     held = [document for documents in corpus.heldout.values() for document in documents]

@@ -23,6 +23,7 @@ _DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+_FLOAT16_NORMAL = 1e-4  # above it, float16 holds every bfloat16 value exactly
 _SAMPLE = 256  # numbers of each tensor that enter the fingerprint
 
 
@@ -60,13 +61,15 @@ class LoadedModel:
 def fingerprint(model: nn.Module) -> str:
     """Hash that tells two sets of weights apart, whatever dtype they were loaded in.
 
-    Every parameter enters with its name, shape and a strided sample of values rounded to bfloat16.
+    Every parameter enters with its name, shape and a strided sample of values rounded to bfloat16,
+    those too small for float16 to hold as zero.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
         stride = max(1, flat.numel() // _SAMPLE)
-        sample = flat[::stride][:_SAMPLE].to(torch.bfloat16).view(torch.int16).cpu()
+        sample = flat[::stride][:_SAMPLE].to(torch.bfloat16).cpu()
+        sample = torch.where(sample.abs() < _FLOAT16_NORMAL, 0.0, sample).view(torch.int16)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:32]
