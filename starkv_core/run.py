@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,6 +192,9 @@ def open_subject(
     )
     check_base(run_dir, base, loaded)
     ranks.check(loaded.spec, f"{run_dir}/{RANKS}")
+    faults = list(_shape_faults(layers, loaded.spec))
+    if faults:
+        raise UserError.many(f"{run_dir}/{FACTORS}: does not fit the model", faults)
     return deployed_subject(loaded, ranks, layers, run_dir)
 
 
@@ -201,7 +204,7 @@ def check_base(run_dir: Path, base: Mapping[str, Any], loaded: LoadedModel) -> N
         raise UserError(
             f"{run_dir}: made for other weights than {loaded.name} has "
             f"(fingerprint {base.get('fingerprint')}, got {loaded.fingerprint}); "
-            "the run needs the weights it was made for"
+            "give the weights it was made for (eval and chat take them with --model)"
         )
 
 
@@ -256,12 +259,16 @@ def read_folded(run_dir: Path, ranks: RankMap, sha256: str) -> dict[int, FoldedL
     """
     path = run_dir / FACTORS
     tensors, metadata = read_safetensors(path, sha256=sha256, prefix="folded.")
-    if json.loads(metadata.get("ranks", "null")) != ranks.to_dict()["layers"]:
+    try:
+        made_for = json.loads(metadata["ranks"])
+        heads, eps = dict(json.loads(metadata["heads"])), dict(json.loads(metadata["key_eps"]))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: damaged: its metadata is missing or malformed") from None
+    if made_for != ranks.to_dict()["layers"]:
         raise UserError(
             f"{run_dir}/{RANKS}: not the ranks of {FACTORS}; after an edit run "
             f"`starkv calibrate --export {run_dir}`"
         )
-    heads, eps = json.loads(metadata["heads"]), json.loads(metadata["key_eps"])
     layers: dict[int, FoldedLayer] = {}
     faults = []
     for i, layer_ranks in enumerate(ranks.layers):
@@ -274,8 +281,8 @@ def read_folded(run_dir: Path, ranks: RankMap, sha256: str) -> dict[int, FoldedL
             continue
         layers[i] = FoldedLayer(
             ranks=layer_ranks,
-            heads=heads[str(i)],
-            key_eps=eps[str(i)],
+            heads=heads.get(str(i), 0),
+            key_eps=eps.get(str(i)),
             **found,  # type: ignore[arg-type]
         )
     if faults:
@@ -291,7 +298,32 @@ def read_trained(
     tensors, metadata = read_safetensors(path, sha256=sha256, prefix="trained.")
     own = {name.removeprefix("trained."): tensor for name, tensor in tensors.items()}
     layers = layers_from(loaded, own, metadata.get("counts", "{}"), str(path))
-    return layers, GateSettings(**json.loads(metadata["gate"]))
+    try:
+        settings = GateSettings(**json.loads(metadata["gate"]))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: damaged: its metadata is missing or malformed") from None
+    return layers, settings
+
+
+def _shape_faults(layers: Mapping[int, FoldedLayer], spec: ModelSpec) -> Iterator[str]:
+    """What in the folded factors does not fit the model; their ranks are checked already."""
+    for i, layer in layers.items():
+        if layer.heads != spec.n_kv_heads or (layer.key_eps is None) == spec.qk_norm:
+            yield f"layer {i}: made for other key heads"
+            continue
+        bias = (spec.n_kv_heads, spec.head_dim)
+        for name, blocks in (("key", layer.ranks.keys), ("value", layer.ranks.values)):
+            wanted = {
+                f"{name}_up": (spec.kv_width // len(blocks), sum(blocks)),
+                f"{name}_down": (sum(blocks), spec.hidden),
+                f"{name}_bias": bias,
+            }
+            for field_name, shape in wanted.items():
+                found = getattr(layer, field_name)
+                if found is not None and tuple(found.shape) != shape:
+                    yield (
+                        f"layer {i}: {field_name} is {list(found.shape)}, expected {list(shape)}"
+                    )
 
 
 def _rank_fault(ranks: LayerRanks, found: Mapping[str, torch.Tensor | None]) -> str | None:
