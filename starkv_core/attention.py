@@ -201,8 +201,13 @@ class CompressedAttention:
             causal = mask is None and past == 0
             if not causal:
                 mask = _allowed(mask, past, n_new, hidden)
+            shared = spec.group > 1
+            if shared and mask is not None:
+                # With a mask torch's only kernel for shared heads holds all scores at once.
+                k, v = (t.repeat_interleave(spec.group, 1) for t in (k, v))
+                shared = False
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=spec.group > 1
+                q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=shared
             )
         if weights.value_bias is not None:
             # The probabilities sum to 1, so the bias passes through attention unchanged.

@@ -59,10 +59,10 @@ def distillation_loss(
         head: ``[vocab, d]``, weight of the language-model head; frozen.
 
     Returns:
-        float32 scalar, differentiable in ``student``.
+        float32 scalar on the head's device, differentiable in ``student``.
     """
     width = student.shape[-1]
-    loss: torch.Tensor = _ChunkedKL.apply(
-        student.reshape(-1, width), teacher.reshape(-1, width).detach(), head.detach()
-    )
+    # With a device_map a tied head may lie on another GPU than the last layer.
+    student, teacher = (h.reshape(-1, width).to(head.device) for h in (student, teacher))
+    loss: torch.Tensor = _ChunkedKL.apply(student, teacher.detach(), head.detach())
     return loss

@@ -67,7 +67,9 @@ from starkv_core.run import (
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
+CALIBRATION = "calibration"  # folder of resumable state
 _CHECK_SEQUENCES = 4  # kept out of training, to measure the exported model on
+_LOSS_SCALE = 1024.0  # float16 alone: activations' gradients, a mean over tokens, would underflow
 _MICRO_TOKENS = 4096  # tokens that go through the model at once
 _DISK_BYTES = 28  # a trained number: its start, the state and, while that is replaced, the next one
 _DISK_ONE_SHOT = 8  # the same without training: trained and folded form
@@ -87,7 +89,8 @@ class CalibrationResult:
         paper_rate: share removed in compressed layers alone, the paper's figure.
         kl: mean KL of the deployed model to the base model on text kept out of training, in nats;
             None after an export.
-        seconds: of training; tokens trained on; tokens per second; peak_memory in bytes on a GPU.
+        seconds: of this attempt, statistics and decomposition included; tokens trained on, over all
+            attempts; tokens per second and peak_memory (bytes, over all GPUs used) of this attempt.
     """
 
     run_dir: str
@@ -172,7 +175,7 @@ def training_sequences(recipe: Recipe) -> int:
 
 
 def trained_numbers(recipe: Recipe, spec: ModelSpec, budget: Budget) -> int:
-    """Upper bound on numbers in factors: ``d`` per component below, and its rows above."""
+    """Estimate of the numbers in factors: ``d`` per component below, and its rows above."""
     layers = len(budget.compressed)
     full = layers * (spec.n_kv_heads * spec.key_rank + spec.value_rank)
     slack = recipe.start.slack
@@ -233,6 +236,7 @@ def run_calibration(
         manifest = read_manifest(run_dir)
         check_base(run_dir, manifest["base_model"], loaded)
         if FACTORS in manifest["files"]:
+            shutil.rmtree(run_dir / CALIBRATION, ignore_errors=True)  # killed before it could
             return CalibrationResult(**manifest["calibration"])
     else:
         numbers = trained_numbers(recipe, loaded.spec, budget)
@@ -267,8 +271,8 @@ class _Calibration:
 
     def run(self, manifest: dict[str, Any]) -> CalibrationResult:
         began = time.monotonic()
-        if self.loaded.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        for device in self.gpus():
+            torch.cuda.reset_peak_memory_stats(device)
         layers = load_start(self.run_dir, self.loaded)
         if layers is None:
             rows = self.pool[: self.recipe.start.sequences]
@@ -279,10 +283,15 @@ class _Calibration:
         rate = self.train() if self.recipe.steps else None
         return self.finish(manifest, time.monotonic() - began, rate)
 
+    def gpus(self) -> list[torch.device]:
+        """GPUs that hold the model."""
+        found = {p.device for p in self.loaded.model.parameters() if p.device.type == "cuda"}
+        return sorted(found, key=str)
+
     # -- training ------------------------------------------------------------------------------
 
-    def train(self) -> float:
-        """Phases 1 to 3 from wherever the saved state stands; returns tokens per second."""
+    def train(self) -> float | None:
+        """Phases 1 to 3 from wherever the saved state stands; tokens per second, None if done."""
         recipe = self.recipe
         self.frozen = recipe.rank_steps == 0
         self.shift = 0.0
@@ -315,7 +324,8 @@ class _Calibration:
                     1, kl=loss, ratio=cache_ratio(self.loaded.spec, ranks), phase=self.phase
                 )
         seconds = max(time.monotonic() - began, 1e-9)
-        return (recipe.steps - first) * recipe.batch * recipe.data.length / seconds
+        taken = (recipe.steps - first) * recipe.batch * recipe.data.length
+        return taken / seconds if taken else None
 
     def factors(self) -> Iterator[TrainedFactors]:
         for layer in self.student.by_layer().values():
@@ -356,6 +366,7 @@ class _Calibration:
         rows = self.batch(step)
         size = max(1, _MICRO_TOKENS // recipe.data.length)
         pieces = rows.split(size)
+        magnified = _LOSS_SCALE if self.loaded.dtype == torch.float16 else 1.0
         total = 0.0
         for n, piece in enumerate(pieces):
             piece = piece.to(self.loaded.device)
@@ -368,13 +379,17 @@ class _Calibration:
                 if n == 0 and not self.frozen and recipe.method == "paper":
                     loss = kl + recipe.optim.gamma * self.rank_loss()
                 # The graph of the multiplier is shared by all pieces of the batch.
-                loss.backward(retain_graph=n + 1 < len(pieces))
+                (loss * magnified).backward(retain_graph=n + 1 < len(pieces))
             total += float(kl.detach())
         if not math.isfinite(total):
             raise RunFailure(
                 f"the loss is not finite at step {step + 1}; lower optim.lr, then "
                 f"`starkv calibrate` anew (the last good state is in {self.run_dir})"
             )
+        if magnified != 1.0:
+            for parameter in self.student.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(magnified)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), recipe.optim.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -391,9 +406,7 @@ class _Calibration:
 
     def rank_loss(self) -> torch.Tensor:
         """The paper's ``sum exp(-alpha)`` over key heads and layers."""
-        return torch.stack(
-            [a.neg().exp().sum().to(self.loaded.device) for a in self.alphas()]
-        ).sum()
+        return torch.stack([a.neg().exp().sum().to(self.head.device) for a in self.alphas()]).sum()
 
     def multiplier(self, step: int) -> torch.Tensor:
         """The shift of all thresholds at which the soft ranks meet this step's limit.
@@ -486,8 +499,7 @@ class _Calibration:
     def finish(
         self, manifest: dict[str, Any], seconds: float, rate: float | None
     ) -> CalibrationResult:
-        on_gpu = self.loaded.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        peak = sum(torch.cuda.max_memory_allocated(device) for device in self.gpus()) or None
         write_ranks(self.run_dir, self.student.ranks())
         subject = export(self.run_dir, self.student)
         result = _result(
@@ -500,7 +512,7 @@ class _Calibration:
             peak_memory=peak,
         )
         write_manifest(self.run_dir, {**manifest, "calibration": result.to_dict()}, [FACTORS])
-        shutil.rmtree(self.run_dir / "calibration", ignore_errors=True)
+        shutil.rmtree(self.run_dir / CALIBRATION, ignore_errors=True)
         return result
 
 

@@ -25,7 +25,7 @@ class Plan:
     Attributes:
         model, method: names.
         layers, compressed_layers: how many; dense: reasons for layers left dense.
-        parameters: of the base model; trained: upper bound on numbers that train.
+        parameters: of the base model; trained: estimate of the numbers that train.
         bytes_per_token_before, bytes_per_token_after: of the whole cache.
         ratio: between them.
         steps, rank_steps, tokens, sequences: of training.
@@ -66,7 +66,7 @@ class Plan:
             ("cache bytes per token, before", str(self.bytes_per_token_before)),
             ("cache bytes per token, after", f"at most {self.bytes_per_token_after}"),
             ("cache ratio", f"{self.ratio:.3f}"),
-            ("trained numbers", f"at most {self.trained / 1e6:.1f} M"),
+            ("trained numbers", f"about {self.trained / 1e6:.1f} M"),
             ("steps", f"{self.steps}, of which {self.rank_steps} learn ranks"),
             ("tokens", f"{self.tokens} from {self.sequences} sequences"),
             ("memory, estimated", f"{self.memory / 2**30:.2f} GiB"),
@@ -88,7 +88,8 @@ def plan(recipe: Recipe, *, device: str | None = None) -> Plan:
     trained = trained_numbers(recipe, spec, budget)
     tokens = recipe.steps * recipe.batch * recipe.data.length
     target = pick_device(device)
-    item = 4 if target.type == "cpu" and m.dtype in ("auto", "float32") else 2
+    in_full = m.dtype == "float32" or (target.type == "cpu" and m.dtype == "auto")
+    item = 4 if in_full else 2
     return Plan(
         model=m.name or EMBEDDED_NAME,
         method=recipe.method,

@@ -288,7 +288,7 @@ def test_damaged_factors(shell: Shell, run: Path, damage: str) -> None:
         assert "factors.safetensors" in shell.refused(*command)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "nan", "misshapen"])
+@pytest.mark.parametrize("damage", ["truncated", "nan", "misshapen", "fewer rows", "metadata"])
 def test_damaged_factors_with_a_matching_checksum(shell: Shell, run: Path, damage: str) -> None:
     path = run / "factors.safetensors"
     if damage == "truncated":
@@ -303,9 +303,11 @@ def test_damaged_factors_with_a_matching_checksum(shell: Shell, run: Path, damag
             if name.endswith(("key_up", "keys.up")):
                 if damage == "nan":
                     tensors[name][0, 0] = float("nan")
-                else:
+                elif damage == "misshapen":
                     tensors[name] = tensors[name][:, 1:].contiguous()
-        save_file(tensors, path, metadata=metadata)
+                elif damage == "fewer rows":
+                    tensors[name] = tensors[name][1:].contiguous()
+        save_file(tensors, path, metadata=None if damage == "metadata" else metadata)
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["files"]["factors.safetensors"] = sha256_file(path)
     (run / "manifest.json").write_text(json.dumps(manifest))
