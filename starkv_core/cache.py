@@ -205,7 +205,12 @@ class LatentCache(Cache):
     def dense_nbytes(self) -> int:
         """Bytes of a dense 16-bit cache of as many tokens and rows, nothing allocated ahead."""
         rows = next((layer.keys.shape[0] for layer in self.layers if layer.keys is not None), 0)
-        return rows * self.get_seq_length() * self.spec.dense_bytes_per_token
+        tokens, windows = self.get_seq_length(), self.spec.windows
+        held = sum(
+            min(tokens, windows[i] - 1) if i in windows else tokens
+            for i in range(self.spec.n_layers)
+        )
+        return rows * held * 2 * self.spec.kv_width * 2
 
     def latent_tokens(self) -> list[int]:
         """Tokens held by each compressed layer; empty when there is none."""

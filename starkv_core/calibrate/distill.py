@@ -27,13 +27,16 @@ class _ChunkedKL(torch.autograd.Function):
             rows = slice(start, start + ROWS)
             s, t = student[rows], teacher[rows]
             norm_s, norm_t = _log_norm(s, pieces), _log_norm(t, pieces)
+            slope = torch.zeros_like(s, dtype=torch.float32)
             for piece in pieces:
                 log_s = (s @ piece.T).float() - norm_s
                 log_t = (t @ piece.T).float() - norm_t
                 p_t = log_t.exp()
                 total += (p_t * (log_t - log_s)).sum()
                 if grad is not None:
-                    grad[rows] += (log_s.exp() - p_t).to(piece.dtype) @ piece
+                    slope += (log_s.exp() - p_t).to(piece.dtype) @ piece
+            if grad is not None:
+                grad[rows] = slope.to(grad.dtype)
         ctx.grad = grad
         ctx.count = len(student)
         return total / len(student)

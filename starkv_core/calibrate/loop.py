@@ -382,18 +382,23 @@ class _Calibration:
                 (loss * magnified).backward(retain_graph=n + 1 < len(pieces))
             total += float(kl.detach())
         if not math.isfinite(total):
-            raise RunFailure(
-                f"the loss is not finite at step {step + 1}; lower optim.lr, then "
-                f"`starkv calibrate` anew (the last good state is in {self.run_dir})"
-            )
+            raise self.diverged("the loss", step)
         if magnified != 1.0:
             for parameter in self.student.parameters():
                 if parameter.grad is not None:
                     parameter.grad.div_(magnified)
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), recipe.optim.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), recipe.optim.grad_clip)
+        if not math.isfinite(float(norm)):
+            raise self.diverged("a gradient", step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total
+
+    def diverged(self, what: str, step: int) -> RunFailure:
+        return RunFailure(
+            f"{what} is not finite at step {step + 1}; lower optim.lr and run "
+            f"`starkv calibrate` anew (the last good state is in {self.run_dir})"
+        )
 
     def batch(self, step: int) -> torch.Tensor:
         """Rows of a step: the pool in an order that depends on the seed and the pass alone."""
