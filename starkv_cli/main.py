@@ -27,6 +27,7 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(
+    rich_markup_mode=None,  # rich help costs more than half of the start-up time
     name="starkv",
     cls=_Group,
     no_args_is_help=True,

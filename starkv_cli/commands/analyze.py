@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    group = typer.Typer(no_args_is_help=True)
+    group = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
     group.command("spectra")(spectra)
     group.command("ranks")(ranks)
     app.add_typer(group, name="analyze", help=_HELP)

@@ -204,6 +204,8 @@ def _source(
     label = name or EMBEDDED_NAME
     source = str(embedded.MODEL_DIR) if label == EMBEDDED_NAME else label
     local = Path(source).is_dir()
+    if not local and source.startswith("runs/"):
+        raise UserError(f"{label}: no such run; make it with `starkv calibrate --out {label}`")
     if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise UserError(f"{label}: no such model folder")
     return (
