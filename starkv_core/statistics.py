@@ -49,8 +49,8 @@ class LayerStatistics:
 class _Accumulator:
     """Sums for one layer, on its device, while the model runs."""
 
-    def __init__(self, loaded: LoadedModel, index: int, mixed: bool) -> None:
-        self.loaded, self.index, self.mixed = loaded, index, mixed
+    def __init__(self, loaded: LoadedModel, mixed: bool) -> None:
+        self.loaded, self.mixed = loaded, mixed
         self.tokens = self.mixed_rows = 0
         self.sums: LayerStatistics | None = None
 
@@ -122,7 +122,7 @@ def _hooked(
     loaded: LoadedModel, layers: list[int], mixed: bool
 ) -> Iterator[dict[int, _Accumulator]]:
     attentions = loaded.family.attentions(loaded.model)
-    found = {i: _Accumulator(loaded, i, mixed) for i in layers}
+    found = {i: _Accumulator(loaded, mixed) for i in layers}
     handles = [
         attentions[i].register_forward_pre_hook(hook, with_kwargs=True) for i, hook in found.items()
     ]

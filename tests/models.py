@@ -36,6 +36,24 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 2},
 }
 
+SCALED_ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 500000.0,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "rope_theta": 10000.0,
+    },
+}
+
 
 def config(family: str, **changes: Any) -> Any:
     """A small config of a family."""

@@ -21,10 +21,11 @@ from starkv_core.decompose import (
     query_metric,
 )
 from starkv_core.errors import UserError
-from starkv_core.factors import TrainedFactors, TrainedLayer
+from starkv_core.factors import GateSettings, TrainedFactors, TrainedLayer
 from starkv_core.models.load import LoadedModel
 from starkv_core.models.spec import ModelSpec
 from starkv_core.progress import SILENT, Progress
+from starkv_core.rank_map import LayerRanks
 from starkv_core.recipe import Recipe, StartSection
 from starkv_core.statistics import LayerStatistics, gather_statistics
 
@@ -169,6 +170,7 @@ def build_start(
             task.advance()
     ranks = start_ranks(loaded, recipe, budget, starts, tokens, progress)
 
+    settings = gate_settings(recipe)
     made = {}
     for (i, start), (key_ranks, value_ranks) in zip(starts.items(), ranks, strict=True):
         attention: Any = loaded.family.attentions(loaded.model)[i]
@@ -186,18 +188,13 @@ def build_start(
             ),
             loaded.family.key_norm(attention),
         )
-    settings = gate_settings(recipe)
-    for layer, (key_ranks, value_ranks) in zip(made.values(), ranks, strict=True):
         if recipe.method == "star" or recipe.steps == 0:
-            layer.keys.set_ranks(tuple(key_ranks), settings)
-            layer.values.set_ranks(tuple(value_ranks), settings)
+            made[i].set_ranks(LayerRanks(tuple(key_ranks), tuple(value_ranks)), settings)
     return made
 
 
-def gate_settings(recipe: Recipe) -> Any:
+def gate_settings(recipe: Recipe) -> GateSettings:
     """Slope and units of the gate; where no ranks are learned it is a plain cut."""
-    from starkv_core.factors import GateSettings
-
     slope = recipe.optim.gate_slope if recipe.rank_steps else 1e9
     return GateSettings(slope, log_units=recipe.method == "star")
 

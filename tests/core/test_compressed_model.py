@@ -13,24 +13,7 @@ from tests import models
 from tests.tolerances import BF16_LATENTS, FP32_LOGITS, FULL_RANK_LOGITS
 
 FAMILIES = list(models.CONFIGS)
-ROPES = {
-    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
-    "llama3": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-        "rope_theta": 500000.0,
-    },
-    "yarn": {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 128,
-        "rope_theta": 10000.0,
-    },
-    "theta": {"rope_type": "default", "rope_theta": 77.0},
-}
+ROPES = {**models.SCALED_ROPES, "theta": {"rope_type": "default", "rope_theta": 77.0}}
 
 
 def logits(subject: Subject, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
