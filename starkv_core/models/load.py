@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ from starkv_core.models.family import Family, family_of
 from starkv_core.models.spec import ModelSpec
 
 EMBEDDED_NAME = "embedded"
+_CONFIG = "config.json"
+_log = logging.getLogger(__name__)  # shown on stderr
 _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
 }
 _FLOAT16_NORMAL = 1e-4  # above it, float16 holds every bfloat16 value exactly
+_HUB_TIMEOUT = 10.0  # seconds
 _SAMPLE = 256  # numbers of each tensor that enter the fingerprint
 
 
@@ -204,10 +208,10 @@ def _source(
     label = name or EMBEDDED_NAME
     source = str(embedded.MODEL_DIR) if label == EMBEDDED_NAME else label
     local = Path(source).is_dir()
-    if not local and source.startswith("runs/"):
-        raise UserError(f"{label}: no such run; make it with `starkv calibrate --out {label}`")
-    if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise UserError(f"{label}: no such model folder")
+    if not local and _is_path(source):
+        raise UserError(f"{label}: no such model folder, and no run")
+    if not local:
+        local = _only_cached(source, revision)
     return (
         source,
         label,
@@ -217,6 +221,49 @@ def _source(
             "local_files_only": local,
         },
     )
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only mean a folder; hub ids are ``model`` or ``owner/model``."""
+    first, slash, rest = name.partition("/")
+    return name.startswith((".", "/", "~")) or "/" in rest or (bool(slash) and Path(first).is_dir())
+
+
+def _only_cached(name: str, revision: str | None) -> bool:
+    """Ask the hub once whether it has a model; True if it is out of reach but the cache is filled.
+
+    transformers would try an unreachable hub for half a minute, for every file anew.
+
+    Raises:
+        UserError: the hub has no such model, or cannot be reached and nothing is cached.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        cached = isinstance(try_to_load_from_cache(name, _CONFIG, revision=revision), str)
+        if not cached and not constants.HF_HUB_OFFLINE:
+            _log.warning("%s: no such folder; asking the Hugging Face hub for it", name)
+        HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT)
+    except HFValidationError:
+        raise UserError(f"{name}: no such model folder, and not the form of a hub id") from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        at = "" if revision is None else f" at revision {revision}"
+        raise UserError(
+            f"{name}: no such folder, and the hub has no such model{at}, or not for you "
+            "(`hf auth login`)"
+        ) from None
+    except Exception as error:  # what a failed connection raises depends on the hub's client
+        if not cached:
+            raise UserError(
+                f"{name}: no such folder, and the hub could not be reached: {_first_line(error)}"
+            ) from error
+        return True
+    return False
 
 
 def _config(source: str, label: str, common: dict[str, Any]) -> Any:

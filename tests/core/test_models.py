@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from starkv_core.errors import UserError
 from starkv_core.models.family import FAMILIES
-from starkv_core.models.load import fingerprint, inspect, load
+from starkv_core.models.load import _source, fingerprint, inspect, load
 from tests import models
 from tests.standin import byte_tokenizer
 
@@ -185,6 +186,55 @@ def test_refused_quantised_weights(folder: Path, tmp_path: Path) -> None:
 
 def test_missing_folder(tmp_path: Path) -> None:
     assert "no such model folder" in refusal(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["./m", "/m", "~/m", "a/b/c", "runs/m"])
+def test_a_path_is_never_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(HfApi, "model_info", None)
+    assert "no such model folder" in refusal(name)
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_an_unreachable_hub_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, online: bool
+) -> None:
+    """transformers would try for half a minute, with a line on stderr for every attempt."""
+    asked = []
+
+    def model_info(self: Any, name: str, **options: Any) -> None:
+        asked.append(name)
+        raise RuntimeError("no route\nto the hub")
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", not online)
+    message = refusal("no-such-owner/model")
+    assert message.endswith("no such folder, and the hub could not be reached: no route")
+    assert asked == ["no-such-owner/model"]
+    said = [record.getMessage() for record in caplog.records]
+    asking = "no-such-owner/model: no such folder; asking the Hugging Face hub for it"
+    assert said == ([asking] if online else [])
+
+
+def test_a_cached_model_needs_no_hub(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0" * 40
+    repo = tmp_path / "models--owner--model"
+    shutil.copytree(folder, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(HfApi, "model_info", None)  # calling it fails, as a dead line does
+    assert _source("owner/model", None, False)[2]["local_files_only"]
+
+
+def test_names_that_are_no_hub_ids() -> None:
+    assert "not the form of a hub id" in refusal("a model: 1e5")
 
 
 def test_folder_without_a_model(tmp_path: Path) -> None:
