@@ -19,4 +19,10 @@ BaseModel = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")
 ]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="Over several GPUs, not with --device: auto, balanced, ... Default: as in RUN."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]

@@ -34,8 +34,10 @@ from starkv_core.factors import (
 from starkv_core.models.load import LoadedModel, load
 from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import LayerRanks, RankMap
+from starkv_core.recipe import Recipe, load_recipe
 from starkv_core.surgery import WeightsOf, compressed
 
+RECIPE = "recipe.yaml"
 RANKS = "ranks.yaml"
 FACTORS = "factors.safetensors"
 
@@ -162,20 +164,22 @@ def open_subject(
     run_or_model: str | None,
     *,
     device: str | None = None,
+    device_map: str | None = None,
     dtype: str = "auto",
     model: str | None = None,
 ) -> Subject:
     """Open a run folder, a model folder or a hub id; None is the embedded model.
 
     Args:
-        device, dtype: as in :func:`starkv_core.models.load`.
+        device, device_map, dtype: as in :func:`starkv_core.models.load`; where neither a device nor
+            a map is given, a run has the map of its recipe.
         model: where the base model of a run lies now, if it has moved.
 
     Raises:
         UserError: not there, unfinished, damaged, or made for another base model.
     """
     if run_or_model is None or not is_run(run_or_model):
-        return dense_subject(load(run_or_model, dtype=dtype, device=device))
+        return dense_subject(load(run_or_model, dtype=dtype, device=device, device_map=device_map))
     run_dir = Path(run_or_model)
     manifest = read_manifest(run_dir)
     if FACTORS not in manifest["files"]:
@@ -187,8 +191,13 @@ def open_subject(
     ranks = read_ranks(run_dir)
     # Cheap faults first: the files are checked before the model is loaded.
     layers = read_folded(run_dir, ranks, manifest["files"][FACTORS])
+    recipe = load_recipe(run_dir / RECIPE)
     loaded = load(
-        model or base.get("name"), dtype=dtype, device=device, revision=base.get("revision")
+        model or base.get("name"),
+        dtype=dtype,
+        device=device,
+        device_map=device_map or device_map_of(recipe, device),
+        revision=base.get("revision"),
     )
     check_base(run_dir, base, loaded)
     ranks.check(loaded.spec, f"{run_dir}/{RANKS}")
@@ -198,13 +207,18 @@ def open_subject(
     return deployed_subject(loaded, ranks, layers, run_dir)
 
 
+def device_map_of(recipe: Recipe, device: str | None) -> str | None:
+    """The recipe's device_map, unless one device was asked for."""
+    return recipe.model.device_map if device is None else None
+
+
 def check_base(run_dir: Path, base: Mapping[str, Any], loaded: LoadedModel) -> None:
     """Refuse a base model other than the one a run was made for."""
     if base.get("fingerprint") != loaded.fingerprint:
         raise UserError(
             f"{run_dir}: made for other weights than {loaded.name} has "
             f"(fingerprint {base.get('fingerprint')}, got {loaded.fingerprint}); "
-            "give the weights it was made for (eval and chat take them with --model)"
+            "give the weights it was made for with --model"
         )
 
 

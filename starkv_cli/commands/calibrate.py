@@ -28,7 +28,11 @@ def calibrate(
         str | None, typer.Option(help="Recipe: a name such as longchat, or a YAML file.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub id, in place of the recipe's model.")
+        str | None,
+        typer.Option(
+            help="Folder or hub id, in place of the recipe's model; with --resume or --export, "
+            "where the base model of the run lies now."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder. Default: runs/RECIPE-MODEL.")
@@ -57,14 +61,15 @@ def calibrate(
     from starkv_core.recipe import load_recipe, recipe_label, recipe_names
 
     if export is not None:
-        if recipe or model or out or resume or dry_run or overrides:
+        if recipe or out or resume or dry_run or overrides:
             raise UserError(
-                "--export takes a run folder and no other option but --device and --json"
+                "--export takes a run folder and no other option but --model, --device and --json"
             )
-        _export(export, device=device, as_json=as_json)
+        _export(export, model=model, device=device, as_json=as_json)
         return
     settings = list(overrides or [])
-    if model is not None:
+    moved = model if resume and recipe is None else None
+    if model is not None and moved is None:
         settings.append(f"model.name={json.dumps(model)}")
     if recipe is None:
         if not resume or out is None:
@@ -77,7 +82,7 @@ def calibrate(
         return
     base = Path(resolved.model.name or "embedded").name
     folder = out or Path("runs") / f"{recipe_label(recipe)}-{base}"
-    _run(resolved, folder, resume=resume, device=device, as_json=as_json)
+    _run(resolved, folder, resume=resume, model=moved, device=device, as_json=as_json)
 
 
 def _plan(recipe: Recipe, *, device: str | None, as_json: bool) -> None:
@@ -90,15 +95,26 @@ def _plan(recipe: Recipe, *, device: str | None, as_json: bool) -> None:
         print_table("Plan", ["what", "value"], planned.rows())
 
 
-def _run(recipe: Recipe, folder: Path, *, resume: bool, device: str | None, as_json: bool) -> None:
+def _run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool,
+    model: str | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
     from starkv_core.calibrate import run_calibration
 
     try:
-        result = run_calibration(recipe, folder, resume=resume, device=device, progress=progress())
+        result = run_calibration(
+            recipe, folder, resume=resume, device=device, model=model, progress=progress()
+        )
     except KeyboardInterrupt:
         if not folder.is_dir():
             raise
-        where = f" --device {device}" if device else ""
+        where = f" --model {shlex.quote(model)}" if model else ""
+        where += f" --device {device}" if device else ""
         raise Interrupted(
             "interrupted; to continue: "
             f"starkv calibrate --resume --out {shlex.quote(str(folder))}{where}"
@@ -106,10 +122,10 @@ def _run(recipe: Recipe, folder: Path, *, resume: bool, device: str | None, as_j
     _show(result, as_json=as_json)
 
 
-def _export(run_dir: Path, *, device: str | None, as_json: bool) -> None:
+def _export(run_dir: Path, *, model: str | None, device: str | None, as_json: bool) -> None:
     from starkv_core.calibrate import export_run
 
-    _show(export_run(run_dir, device=device), as_json=as_json)
+    _show(export_run(run_dir, device=device, model=model), as_json=as_json)
 
 
 def _show(result: CalibrationResult, *, as_json: bool) -> None:

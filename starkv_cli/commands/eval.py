@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from starkv_cli.console import emit_json, note, print_table, progress
-from starkv_cli.options import BaseModel, Device, Dtype, SubjectArgument
+from starkv_cli.options import BaseModel, Device, DeviceMap, Dtype, SubjectArgument
 from starkv_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Windows or prompts at a time.")] = 4,
     model: BaseModel = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = "auto",
     out: Annotated[
         Path | None,
@@ -94,7 +95,7 @@ def evaluate(
     )
     if out is not None and out.exists():
         raise UserError(f"{out} already exists; give another --out")
-    opened = open_subject(subject, device=device, dtype=dtype, model=model)
+    opened = open_subject(subject, device=device, device_map=device_map, dtype=dtype, model=model)
     report = run(opened, options, progress())
     files = _files(opened, out)
     if files is not None:

@@ -56,16 +56,17 @@ from starkv_core.recipe import Recipe, load_recipe
 from starkv_core.run import (
     FACTORS,
     RANKS,
+    RECIPE,
     Subject,
     check_base,
     deployed_subject,
+    device_map_of,
     read_ranks,
     read_trained,
     write_factors,
     write_ranks,
 )
 
-RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 CALIBRATION = "calibration"  # folder of resumable state
 _CHECK_SEQUENCES = 4  # kept out of training, to measure the exported model on
@@ -131,14 +132,14 @@ class CalibrationResult:
         return [*rows, ("time", f"{self.seconds:.1f} s")]
 
 
-def load_for(recipe: Recipe, device: str | None = None) -> LoadedModel:
-    """The base model that a recipe names."""
+def load_for(recipe: Recipe, device: str | None = None, model: str | None = None) -> LoadedModel:
+    """The recipe's base model, or ``model`` in its place; ``device`` rules out its map."""
     m = recipe.model
     return load(
-        m.name,
+        model or m.name,
         dtype=m.dtype,
         device=device,
-        device_map=m.device_map,
+        device_map=device_map_of(recipe, device),
         revision=m.revision,
         trust_remote_code=m.trust_remote_code,
     )
@@ -201,6 +202,7 @@ def run_calibration(
     *,
     resume: bool = False,
     device: str | None = None,
+    model: str | None = None,
     progress: Progress = SILENT,
 ) -> CalibrationResult:
     """Calibrate a model as a recipe says and write a run folder.
@@ -209,7 +211,8 @@ def run_calibration(
         recipe: resolved recipe; with ``resume`` the one the run was started with.
         out: run folder; must not exist, or with ``resume`` be an interrupted (or finished) run.
         resume: go on from the last saved state.
-        device: where to compute; None picks a GPU where there is one.
+        device: where to compute; None is the recipe's device_map, or a GPU where there is one.
+        model: with ``resume``, where the base model lies now, if it has moved.
         progress: where progress is shown.
 
     Raises:
@@ -229,7 +232,7 @@ def run_calibration(
     else:
         refuse_existing(run_dir)
 
-    loaded = load_for(recipe, device)
+    loaded = load_for(recipe, device, model)
     budget = budget_for(recipe, loaded.spec)
     tokens = calibration_tokens(recipe, loaded.tokenizer)
     if resume:
@@ -537,8 +540,14 @@ def export(
     return deployed_subject(loaded, ranks, folded, run_dir)
 
 
-def export_run(run_dir: str | Path, device: str | None = None) -> CalibrationResult:
+def export_run(
+    run_dir: str | Path, device: str | None = None, model: str | None = None
+) -> CalibrationResult:
     """Fold the factors again for an edited ``ranks.yaml``, without training.
+
+    Args:
+        device: where to compute; None is the recipe's device_map, or a GPU where there is one.
+        model: where the base model of the run lies now, if it has moved.
 
     Raises:
         UserError: no finished run, or ranks that the stored components cannot give.
@@ -549,7 +558,7 @@ def export_run(run_dir: str | Path, device: str | None = None) -> CalibrationRes
         raise UserError(f"{run_dir}: calibration has not finished; there is nothing to export")
     ranks = read_ranks(run_dir)
     recipe = load_recipe(run_dir / RECIPE)
-    loaded = load_for(recipe, device)
+    loaded = load_for(recipe, device, model)
     check_base(run_dir, manifest["base_model"], loaded)
     ranks.check(loaded.spec, f"{run_dir}/{RANKS}")
     layers, settings = read_trained(run_dir, loaded, manifest["files"][FACTORS])

@@ -95,13 +95,15 @@ def load(
         dtype: ``auto`` (the checkpoint's, but float32 on a CPU, where 16-bit products are slow),
             ``bfloat16``, ``float16`` or ``float32``.
         device: ``cpu``, ``cuda`` or ``cuda:N``; None picks a GPU where there is one.
-        device_map: as in transformers; excludes ``device``.
+        device_map: as in transformers (``auto``, ``balanced``, ...); excludes ``device``.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: as in transformers.
 
     Raises:
         UserError: nothing there, an unsupported architecture, pickled weights.
     """
+    if device is not None and device_map is not None:
+        raise UserError("device and device_map exclude each other; give one of them")
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -112,7 +114,7 @@ def load(
         on_cpu = target.type == "cpu"
         placement: Any = {"": str(target)} if target.type != "cpu" else None
     else:
-        on_cpu, placement = False, device_map
+        on_cpu, placement = not torch.cuda.is_available(), device_map
     if dtype == "auto":
         torch_dtype: Any = torch.float32 if on_cpu else "auto"
     elif dtype in _DTYPES:

@@ -256,6 +256,20 @@ def test_run_of_another_base_model(shell: Shell, run: Path, tmp_path: Path) -> N
             assert "made for other weights" in shell.refused(*command)
 
 
+def test_moved_base_model(shell: Shell, run: Path, on_disk: OnDisk, tmp_path: Path) -> None:
+    for name in ("manifest.json", "recipe.yaml"):
+        text = (run / name).read_text()
+        (run / name).write_text(text.replace(str(on_disk.model), str(tmp_path / "gone")))
+    other = save_model(tmp_path / "other", max_positions=512)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.embed_tokens.weight"][0, 0] += 1.0
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    for command in (["--export", run], ["--resume", "--out", run]):
+        assert "no such model folder" in shell.refused("calibrate", *command)
+        assert "made for other weights" in shell.refused("calibrate", *command, "--model", other)
+        assert shell.run("calibrate", *command, "--model", on_disk.model)[0] == 0
+
+
 @pytest.mark.parametrize("file", ["manifest.json", "ranks.yaml"])
 def test_newer_schema(shell: Shell, run: Path, file: str) -> None:
     path = run / file

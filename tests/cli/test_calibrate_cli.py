@@ -165,6 +165,20 @@ def test_a_recipe_must_be_named(
     assert calls.kind == ""
 
 
+def test_a_moved_base_model_is_passed_on(
+    calls: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run("--export", "a", "--model", "/now/here") == 0
+    assert (calls.kind, calls.options["model"]) == ("export", "/now/here")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(json.dumps(load_recipe("tiny").to_dict()))
+    calls.interrupt_before_start = True
+    assert run("--resume", "--out", "run", "--model", "/now/here") == 130
+    assert calls.recipe == load_recipe("tiny")
+    assert calls.options["model"] == "/now/here"
+    assert "starkv calibrate --resume --out run --model /now/here\n" in capsys.readouterr().err
+
+
 def test_export_goes_alone(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--export", "a", "--recipe", "tiny") == 2
     assert "--export takes a run folder and no other option" in capsys.readouterr().err

@@ -409,6 +409,30 @@ def test_edited_ranks_are_exported(make: Any, tmp_path: Path, method: str) -> No
     torch.testing.assert_close(deployed, trained, rtol=0, atol=FP32_LOGITS)
 
 
+def test_a_run_is_opened_with_the_device_map_of_its_recipe(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make(steps=0, rank_steps=0, model={"device_map": "sequential"})
+    run_calibration(recipe, tmp_path / "run")
+    maps = []
+
+    def recorded(*args: Any, device_map: Any = None, **options: Any) -> LoadedModel:
+        maps.append(device_map)
+        return load(*args, **options)
+
+    monkeypatch.setattr("starkv_core.run.load", recorded)
+    monkeypatch.setattr("starkv_core.calibrate.loop.load", recorded)
+    open_subject(str(tmp_path / "run"))
+    open_subject(str(tmp_path / "run"), device_map="balanced")
+    open_subject(recipe.model.name, device_map="balanced")
+    export_run(tmp_path / "run")
+    assert maps == ["sequential", "balanced", "balanced", "sequential"]
+    maps.clear()
+    open_subject(str(tmp_path / "run"), device="cpu")
+    export_run(tmp_path / "run", device="cpu")
+    assert maps == [None, None]
+
+
 def test_export_of_unchanged_ranks_changes_nothing(make: Any, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     result = calibrate(make(), run_dir)

@@ -269,6 +269,11 @@ def test_missing_tokenizer(folder: Path, tmp_path: Path) -> None:
     assert "tokenizer" in refusal(copy)
 
 
+def test_device_and_device_map_exclude_each_other(folder: Path) -> None:
+    with pytest.raises(UserError, match="device and device_map exclude each other"):
+        load(str(folder), device="cpu", device_map="auto")
+
+
 def test_unknown_dtype_and_device(folder: Path) -> None:
     with pytest.raises(UserError, match="dtype 'int3': use auto, bfloat16, float16, float32"):
         load(str(folder), device="cpu", dtype="int3")
