@@ -223,7 +223,7 @@ def read_safetensors(
     if sha256 is not None and sha256_file(path) != sha256:
         raise UserError(
             f"{path}: altered or damaged: its checksum is not the one in {MANIFEST}; "
-            "restore the file or export the run again"
+            "restore the file or calibrate anew"
         )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from starkv_core.artifacts import (
     read_safetensors,
     read_yaml,
     save_safetensors_atomic,
+    write_manifest,
     write_yaml_atomic,
 )
 from starkv_core.attention import LatentWeights, RopeTables
@@ -33,6 +35,7 @@ from starkv_core.factors import (
 )
 from starkv_core.models.load import LoadedModel, load
 from starkv_core.models.spec import ModelSpec
+from starkv_core.provenance import sha256_file
 from starkv_core.rank_map import LayerRanks, RankMap
 from starkv_core.recipe import Recipe, load_recipe
 from starkv_core.surgery import WeightsOf, compressed
@@ -40,6 +43,7 @@ from starkv_core.surgery import WeightsOf, compressed
 RECIPE = "recipe.yaml"
 RANKS = "ranks.yaml"
 FACTORS = "factors.safetensors"
+_NEW_FACTORS = "factors.new.safetensors"  # until the manifest has their checksum
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,7 @@ def open_subject(
             f"{run_dir}: calibration has not finished; continue it with "
             f"`starkv calibrate --resume --out {run_dir}`"
         )
+    settle_factors(run_dir, manifest)
     base = manifest["base_model"]
     ranks = read_ranks(run_dir)
     # Cheap faults first: the files are checked before the model is loaded.
@@ -248,7 +253,10 @@ def write_factors(
     settings: GateSettings,
     dtype: torch.dtype,
 ) -> None:
-    """Write folded factors (in ``dtype``) and the trained form (float32) they come from."""
+    """Write folded factors (in ``dtype``) and the trained form (float32) they come from.
+
+    They count once :func:`commit_factors` has put their checksum into the manifest.
+    """
     tensors = {
         f"folded.layers.{i}.{name}": tensor
         for i, layer in folded.items()
@@ -262,7 +270,25 @@ def write_factors(
         "counts": layer_counts(trained),
         "gate": json.dumps(vars(settings)),
     }
-    save_safetensors_atomic(run_dir / FACTORS, tensors, metadata)
+    save_safetensors_atomic(run_dir / _NEW_FACTORS, tensors, metadata)
+
+
+def commit_factors(run_dir: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest with the checksum of the factors just written, and put them in place.
+
+    A kill before the manifest is replaced leaves the run as it was; after it, settle_factors ends
+    what is left to do.
+    """
+    checksum = sha256_file(run_dir / _NEW_FACTORS)
+    files = {**manifest["files"], FACTORS: checksum}
+    settle_factors(run_dir, write_manifest(run_dir, {**manifest, "files": files}))
+
+
+def settle_factors(run_dir: Path, manifest: Mapping[str, Any]) -> None:
+    """Put new factors in place if they are the ones that the manifest means."""
+    new = run_dir / _NEW_FACTORS
+    if new.is_file() and sha256_file(new) == manifest["files"].get(FACTORS):
+        os.replace(new, run_dir / FACTORS)
 
 
 def read_folded(run_dir: Path, ranks: RankMap, sha256: str) -> dict[int, FoldedLayer]:

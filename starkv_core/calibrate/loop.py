@@ -59,10 +59,12 @@ from starkv_core.run import (
     RECIPE,
     Subject,
     check_base,
+    commit_factors,
     deployed_subject,
     device_map_of,
     read_ranks,
     read_trained,
+    settle_factors,
     write_factors,
     write_ranks,
 )
@@ -239,6 +241,7 @@ def run_calibration(
         manifest = read_manifest(run_dir)
         check_base(run_dir, manifest["base_model"], loaded)
         if FACTORS in manifest["files"]:
+            settle_factors(run_dir, manifest)
             shutil.rmtree(run_dir / CALIBRATION, ignore_errors=True)  # killed before it could
             return CalibrationResult(**manifest["calibration"])
     else:
@@ -519,7 +522,7 @@ class _Calibration:
             tokens_per_second=rate,
             peak_memory=peak,
         )
-        write_manifest(self.run_dir, {**manifest, "calibration": result.to_dict()}, [FACTORS])
+        commit_factors(self.run_dir, {**manifest, "calibration": result.to_dict()})
         shutil.rmtree(self.run_dir / CALIBRATION, ignore_errors=True)
         return result
 
@@ -527,7 +530,7 @@ class _Calibration:
 def export(
     run_dir: Path, student: Student, trained: Mapping[int, TrainedLayer] | None = None
 ) -> Subject:
-    """Fold a student and write the factors; returns the deployed model.
+    """Fold a student and write the factors, to be committed; returns the deployed model.
 
     Args:
         trained: trained form to keep; by default that of the student's own layers.
@@ -556,6 +559,7 @@ def export_run(
     manifest = read_manifest(run_dir)
     if FACTORS not in manifest["files"]:
         raise UserError(f"{run_dir}: calibration has not finished; there is nothing to export")
+    settle_factors(run_dir, manifest)
     ranks = read_ranks(run_dir)
     recipe = load_recipe(run_dir / RECIPE)
     loaded = load_for(recipe, device, model)
@@ -581,7 +585,7 @@ def export_run(
         tokens_per_second=None,
         peak_memory=None,
     )
-    write_manifest(run_dir, {**manifest, "calibration": result.to_dict()}, [FACTORS])
+    commit_factors(run_dir, {**manifest, "calibration": result.to_dict()})
     return result
 
 

@@ -81,8 +81,10 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "between states": lambda: before_call(loop._Calibration, "step", 6),
     "writing a state": lambda: while_writing("state.safetensors", 2),
     "metrics": lambda: in_the_middle_of_a_line(5),
-    "writing the factors": lambda: while_writing("factors.safetensors", 1),
-    "before the manifest": lambda: before_call(loop, "write_manifest", 2),
+    "writing the factors": lambda: while_writing("factors.new.safetensors", 1),
+    "before the manifest": lambda: before_call(loop, "commit_factors", 1),
+    "writing the manifest": lambda: while_writing("manifest.json", 2),
+    "after the manifest": lambda: while_writing("factors.safetensors", 1),
 }
 
 

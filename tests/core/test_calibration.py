@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from starkv_core.factors import GateSettings, TrainedFactors
 from starkv_core.models.load import LoadedModel, load
 from starkv_core.progress import SILENT
 from starkv_core.recipe import Recipe, parse_recipe
-from starkv_core.run import FACTORS, open_subject, read_trained
+from starkv_core.run import FACTORS, open_subject, read_ranks, read_trained
 from tests.standin import TEXT, save_model
 from tests.tolerances import FP32_LOGITS
 
@@ -407,6 +408,37 @@ def test_edited_ranks_are_exported(make: Any, tmp_path: Path, method: str) -> No
         deployed = model(ids, use_cache=False).logits
     trained = logits(loaded, Student(loaded, layers_now, settings), ids)
     torch.testing.assert_close(deployed, trained, rtol=0, atol=FP32_LOGITS)
+
+
+@pytest.mark.parametrize("target", ["factors.new.safetensors", "manifest.json", FACTORS])
+@pytest.mark.parametrize("again", [True, False])
+def test_export_survives_a_kill(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, again: bool
+) -> None:
+    """Factors and manifest are two files; between them no moment may break the run."""
+    run_dir = tmp_path / "run"
+    calibrate(make(steps=0, rank_steps=0), run_dir)
+    original = (run_dir / "ranks.yaml").read_text()
+    with edited(run_dir) as layers:
+        layers[0]["keys"][0] -= 1
+    replace = os.replace
+
+    def killed(source: Any, destination: Any) -> None:
+        if Path(destination).name == target:
+            raise KeyboardInterrupt  # the file is written, but not in its place
+        replace(source, destination)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_run(run_dir, device="cpu")
+    if again:
+        export_run(run_dir, device="cpu")
+    elif target != FACTORS:  # the export has not happened
+        (run_dir / "ranks.yaml").write_text(original)
+    subject = open_subject(str(run_dir), device="cpu")
+    assert subject.ranks == read_ranks(run_dir)
+    assert (run_dir / FACTORS).is_file()
 
 
 def test_a_run_is_opened_with_the_device_map_of_its_recipe(
