@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,35 @@ def deployed_subject(
 def is_run(path: str | Path) -> bool:
     """Whether a path is a run folder (finished or not)."""
     return (Path(path) / MANIFEST).is_file()
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from writing to a run; the lock dies with this one, however it ends.
+
+    It lies on the recipe, the one file that is never replaced.
+
+    Raises:
+        UserError: another process is at work on the run, or it has no recipe.
+    """
+    path = run_dir / RECIPE
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {run_dir} is not a whole run")
+    try:
+        import fcntl
+    except ImportError:  # a platform without such locks
+        yield
+        return
+    with open(path, "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{run_dir}: another process is at work on this run; wait for it, or end it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def open_subject(

@@ -15,6 +15,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ from starkv_core.run import (
     commit_factors,
     deployed_subject,
     device_map_of,
+    locked,
     read_ranks,
     read_trained,
     settle_factors,
@@ -222,41 +224,44 @@ def run_calibration(
         RunFailure: the loss is not finite.
     """
     run_dir = Path(out)
-    if resume:
-        find_run_dir(run_dir)
-        for leftover in run_dir.rglob(".*.tmp"):  # of a write that was killed
-            leftover.unlink()
-        if recipe.to_dict() != load_recipe(run_dir / RECIPE).to_dict():
-            raise UserError(
-                f"{run_dir}: was started with another recipe than the one given; "
-                "leave --recipe and --set out to resume it, or give another --out"
-            )
-    else:
-        refuse_existing(run_dir)
+    with ExitStack() as held:
+        if resume:
+            find_run_dir(run_dir)
+            held.enter_context(locked(run_dir))
+            for leftover in run_dir.rglob(".*.tmp"):  # of a write that was killed
+                leftover.unlink()
+            if recipe.to_dict() != load_recipe(run_dir / RECIPE).to_dict():
+                raise UserError(
+                    f"{run_dir}: was started with another recipe than the one given; "
+                    "leave --recipe and --set out to resume it, or give another --out"
+                )
+        else:
+            refuse_existing(run_dir)
 
-    loaded = load_for(recipe, device, model)
-    budget = budget_for(recipe, loaded.spec)
-    tokens = calibration_tokens(recipe, loaded.tokenizer)
-    if resume:
-        manifest = read_manifest(run_dir)
-        check_base(run_dir, manifest["base_model"], loaded)
-        if FACTORS in manifest["files"]:
-            settle_factors(run_dir, manifest)
-            shutil.rmtree(run_dir / CALIBRATION, ignore_errors=True)  # killed before it could
-            return CalibrationResult(**manifest["calibration"])
-    else:
-        numbers = trained_numbers(recipe, loaded.spec, budget)
-        check_disk_space(run_dir, numbers * (_DISK_BYTES if recipe.steps else _DISK_ONE_SHOT))
-        base = {
-            "name": None if recipe.model.name is None else str(recipe.model.name),
-            "revision": recipe.model.revision,
-            "fingerprint": loaded.fingerprint,
-            "dtype": str(loaded.dtype).removeprefix("torch."),
-        }
-        with new_run_dir(run_dir) as folder:
-            write_yaml_atomic(folder / RECIPE, recipe.to_dict())
-            manifest = write_manifest(folder, new_manifest(base, recipe.seed), [RECIPE])
-    return _Calibration(recipe, run_dir, loaded, budget, tokens, progress).run(manifest)
+        loaded = load_for(recipe, device, model)
+        budget = budget_for(recipe, loaded.spec)
+        tokens = calibration_tokens(recipe, loaded.tokenizer)
+        if resume:
+            manifest = read_manifest(run_dir)
+            check_base(run_dir, manifest["base_model"], loaded)
+            if FACTORS in manifest["files"]:
+                settle_factors(run_dir, manifest)
+                shutil.rmtree(run_dir / CALIBRATION, ignore_errors=True)  # killed before it could
+                return CalibrationResult(**manifest["calibration"])
+        else:
+            numbers = trained_numbers(recipe, loaded.spec, budget)
+            check_disk_space(run_dir, numbers * (_DISK_BYTES if recipe.steps else _DISK_ONE_SHOT))
+            base = {
+                "name": None if recipe.model.name is None else str(recipe.model.name),
+                "revision": recipe.model.revision,
+                "fingerprint": loaded.fingerprint,
+                "dtype": str(loaded.dtype).removeprefix("torch."),
+            }
+            with new_run_dir(run_dir) as folder:
+                write_yaml_atomic(folder / RECIPE, recipe.to_dict())
+                manifest = write_manifest(folder, new_manifest(base, recipe.seed), [RECIPE])
+            held.enter_context(locked(run_dir))
+        return _Calibration(recipe, run_dir, loaded, budget, tokens, progress).run(manifest)
 
 
 class _Calibration:
@@ -556,6 +561,12 @@ def export_run(
         UserError: no finished run, or ranks that the stored components cannot give.
     """
     run_dir = Path(run_dir)
+    read_manifest(run_dir)  # a run at all?
+    with locked(run_dir):
+        return _export_run(run_dir, device, model)
+
+
+def _export_run(run_dir: Path, device: str | None, model: str | None) -> CalibrationResult:
     manifest = read_manifest(run_dir)
     if FACTORS not in manifest["files"]:
         raise UserError(f"{run_dir}: calibration has not finished; there is nothing to export")

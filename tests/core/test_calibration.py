@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +31,7 @@ from starkv_core.errors import RunFailure, UserError
 from starkv_core.factors import GateSettings, TrainedFactors
 from starkv_core.models.load import LoadedModel, load
 from starkv_core.progress import SILENT
-from starkv_core.recipe import Recipe, parse_recipe
+from starkv_core.recipe import Recipe, load_recipe, parse_recipe
 from starkv_core.run import FACTORS, open_subject, read_ranks, read_trained
 from tests.standin import TEXT, save_model
 from tests.tolerances import FP32_LOGITS
@@ -408,6 +410,37 @@ def test_edited_ranks_are_exported(make: Any, tmp_path: Path, method: str) -> No
         deployed = model(ids, use_cache=False).logits
     trained = logits(loaded, Student(loaded, layers_now, settings), ids)
     torch.testing.assert_close(deployed, trained, rtol=0, atol=FP32_LOGITS)
+
+
+def test_one_process_at_a_time(make: Any, tmp_path: Path) -> None:
+    """A second one would delete the temporary files of the first and take turns with its state."""
+    run_dir = tmp_path / "run"
+    calibrate(make(steps=0, rank_steps=0), run_dir)
+    holder = (
+        "import sys, pathlib, starkv_core.run as run\n"
+        "with run.locked(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(run_dir)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        unwritten = run_dir / ".manifest.json.1.tmp"
+        unwritten.touch()
+        for work in (
+            lambda: calibrate(load_recipe(run_dir / "recipe.yaml"), run_dir, resume=True),
+            lambda: export_run(run_dir, device="cpu"),
+        ):
+            with pytest.raises(UserError, match="another process is at work on this run"):
+                work()
+        assert unwritten.exists()
+        other.kill()
+        other.wait()
+    export_run(run_dir, device="cpu")  # the lock died with its holder
 
 
 @pytest.mark.parametrize("target", ["factors.new.safetensors", "manifest.json", FACTORS])
