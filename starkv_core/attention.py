@@ -50,6 +50,7 @@ class LatentWeights:
 
 
 @lru_cache(maxsize=4096)  # asked for in every training forward, always with the same arguments
+@torch.inference_mode(False)  # what is kept must serve training too, whoever asks first
 def padded_index(
     ranks: tuple[int, ...], heads: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +81,7 @@ class RopeTables:
         self._rope = rope
         self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    @torch.inference_mode(False)  # what is kept must serve training too
     def get(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Float32 ``[length, D]`` cos and sin for slots 0 to ``length - 1``."""
         cos, sin = self._tables.get(device, (None, None))
@@ -161,8 +163,12 @@ class CompressedAttention:
     ) -> torch.Tensor:
         """Output of the module, ``[B, L, d]``, for new tokens ``hidden [B, L, d]``.
 
+        Raises:
+            TypeError: an additive mask. Whether it holds biases, which are not supported, could
+                only be told by looking at its values, a synchronisation in every step.
+
         Args:
-            mask: transformers' own: None (causal), bool or additive ``[B, 1 or H, L, slots]``.
+            mask: None (causal) or bool ``[B, 1 or H, L, slots]``, True where a token may attend.
             cache: transformers cache; its layer becomes a :class:`LatentLayer` if still empty.
         """
         spec = self.spec
@@ -235,5 +241,10 @@ def _allowed(mask: torch.Tensor | None, past: int, n_new: int, like: torch.Tenso
         slot = torch.arange(past + n_new, device=like.device)
         seen = slot[None, :] <= slot[past:, None]
         return seen.expand(like.shape[0], 1, -1, -1)
-    mask = mask[..., : past + n_new]
-    return mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"attention mask of {mask.dtype}: compressed layers take bool masks, True where a "
+            "token may attend (for a mask of 0 and -inf: mask == 0; transformers makes bool masks "
+            'for attn_implementation="sdpa")'
+        )
+    return mask[..., : past + n_new]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from starkv_core.attention import padded_index
 from starkv_core.budget import predict_bytes
 from starkv_core.cache import LatentCache, LatentLayer
 from starkv_core.run import Subject
@@ -298,6 +299,31 @@ def test_latents_are_refused_to_the_dense_model() -> None:
     subject = models.deployed(loaded, models.ragged_ranks(loaded))
     with torch.no_grad(), pytest.raises(RuntimeError, match="holds latents"):
         loaded.model(models.ids(1, 5), past_key_values=subject.new_cache())
+
+
+@pytest.mark.parametrize("length", [2, 40], ids=["decode", "prefill"])
+def test_additive_masks_are_refused(length: int) -> None:
+    """Their finite values were taken for "do not attend"."""
+    loaded = models.model()
+    subject = models.deployed(loaded)
+    mask = torch.full((1, 1, length, length), -1.0)
+    with subject.active() as model, pytest.raises(TypeError, match="take bool masks"):
+        model(models.ids(1, length), attention_mask=mask, past_key_values=subject.new_cache())
+
+
+def test_inference_mode_first_and_training_after() -> None:
+    """Tables and indices are kept; made under inference mode they could not be trained with."""
+    loaded = models.model()
+    subject = models.deployed(loaded, dtype=torch.float32)
+    padded_index.cache_clear()
+    with torch.inference_mode(), subject.active() as model:
+        model(models.ids(1, 40))
+    live = models.student(loaded, models.recipe())
+    with torch.inference_mode(), live.active() as model:
+        model(models.ids(1, 40), use_cache=False)
+    with live.active() as model:
+        model(models.ids(1, 40), use_cache=False).logits.sum().backward()
+    assert all(p.grad is not None for n, p in live.named_parameters() if "alpha" not in n)
 
 
 def test_sliding_window_layers_stay_dense_and_are_counted() -> None:
