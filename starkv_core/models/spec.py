@@ -72,11 +72,6 @@ class ModelSpec:
         return {i: f"sliding window of {n} tokens" for i, n in self.windows.items()}
 
     @property
-    def compressible(self) -> list[bool]:
-        """For each layer, whether it can be compressed at all."""
-        return [i not in self.dense_reasons for i in range(self.n_layers)]
-
-    @property
     def kv_width(self) -> int:
         """Numbers per token in the keys (or the values) of one layer, H_kv * D."""
         return self.n_kv_heads * self.head_dim
