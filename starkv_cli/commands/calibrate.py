@@ -125,7 +125,9 @@ def _run(
 def _export(run_dir: Path, *, model: str | None, device: str | None, as_json: bool) -> None:
     from starkv_core.calibrate import export_run
 
-    _show(export_run(run_dir, device=device, model=model), as_json=as_json)
+    result = export_run(run_dir, device=device, model=model)
+    _show(result, as_json=as_json)
+    note("the quality of the edited ranks has not been measured; `starkv eval` does that")
 
 
 def _show(result: CalibrationResult, *, as_json: bool) -> None:

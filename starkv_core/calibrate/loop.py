@@ -94,8 +94,9 @@ class CalibrationResult:
         paper_rate: share removed in compressed layers alone, the paper's figure.
         kl: mean KL of the deployed model to the base model on text kept out of training, in nats;
             None after an export.
-        seconds: of this attempt, statistics and decomposition included; tokens trained on, over all
-            attempts; tokens per second and peak_memory (bytes, over all GPUs used) of this attempt.
+        seconds: statistics and decomposition included; tokens trained on; tokens_per_second: while
+            training. All over every attempt of a resumed run, but for work that was lost.
+        peak_memory: bytes, over all GPUs used, of the last attempt.
     """
 
     run_dir: str
@@ -276,12 +277,12 @@ class _Calibration:
     ) -> None:
         self.recipe, self.run_dir, self.loaded = recipe, run_dir, loaded
         self.budget, self.progress = budget, progress
+        self.began = time.monotonic()  # moved back by what earlier attempts took
         self.check = tokens[:_CHECK_SEQUENCES]
         self.pool = tokens[_CHECK_SEQUENCES:]
         self.head = loaded.model.get_output_embeddings().weight
 
     def run(self, manifest: dict[str, Any]) -> CalibrationResult:
-        began = time.monotonic()
         for device in self.gpus():
             torch.cuda.reset_peak_memory_stats(device)
         layers = load_start(self.run_dir, self.loaded)
@@ -292,7 +293,7 @@ class _Calibration:
                 save_start(self.run_dir, layers)
         self.student = Student(self.loaded, layers, gate_settings(self.recipe))
         rate = self.train() if self.recipe.steps else None
-        return self.finish(manifest, time.monotonic() - began, rate)
+        return self.finish(manifest, time.monotonic() - self.began, rate)
 
     def gpus(self) -> list[torch.device]:
         """GPUs that hold the model."""
@@ -301,13 +302,11 @@ class _Calibration:
 
     # -- training ------------------------------------------------------------------------------
 
-    def train(self) -> float | None:
-        """Phases 1 to 3 from wherever the saved state stands; tokens per second, None if done."""
+    def train(self) -> float:
+        """Phases 1 to 3 from wherever the saved state stands; tokens per second over all of it."""
         recipe = self.recipe
         self.frozen = recipe.rank_steps == 0
         self.shift = 0.0
-        if self.frozen and recipe.method == "paper":
-            self.freeze()
         self.optimizer = self.make_optimizer()
         done = 0
         state = load_state(self.run_dir, self.student, self.optimizer)
@@ -316,7 +315,10 @@ class _Calibration:
         self.truncate_metrics(done)
         for alpha in self.alphas():
             alpha.requires_grad_(not self.frozen)
-        began, first = time.monotonic(), done
+        began = time.monotonic()
+        if state is not None:
+            self.began -= state["seconds"]
+            began -= state["training_seconds"]
         with (
             checkpointed(self.loaded.model, recipe.optim.checkpointing),
             self.progress.task("calibration", recipe.steps, "steps") as task,
@@ -329,14 +331,20 @@ class _Calibration:
                 ranks = self.student.ranks(self.shift)
                 self.record(step, loss, ranks)
                 if (step + 1) % recipe.optim.checkpoint_every == 0 or step + 1 == recipe.steps:
-                    scalars = {"step": step + 1, "frozen": self.frozen, "shift": self.shift}
+                    now = time.monotonic()
+                    scalars = {
+                        "step": step + 1,
+                        "frozen": self.frozen,
+                        "shift": self.shift,
+                        "seconds": now - self.began,
+                        "training_seconds": now - began,
+                    }
                     save_state(self.run_dir, self.student, self.optimizer, scalars)
                 task.advance(
                     1, kl=loss, ratio=cache_ratio(self.loaded.spec, ranks), phase=self.phase
                 )
-        seconds = max(time.monotonic() - began, 1e-9)
-        taken = (recipe.steps - first) * recipe.batch * recipe.data.length
-        return taken / seconds if taken else None
+        tokens = recipe.steps * recipe.batch * recipe.data.length
+        return tokens / max(time.monotonic() - began, 1e-9)
 
     def factors(self) -> Iterator[TrainedFactors]:
         for layer in self.student.by_layer().values():

@@ -188,7 +188,7 @@ def build_start(
             ),
             loaded.family.key_norm(attention),
         )
-        if recipe.method == "star" or recipe.steps == 0:
+        if recipe.method == "star" or recipe.rank_steps == 0:
             made[i].set_ranks(LayerRanks(tuple(key_ranks), tuple(value_ranks)), settings)
     return made
 

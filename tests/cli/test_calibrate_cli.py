@@ -182,6 +182,10 @@ def test_a_moved_base_model_is_passed_on(
 def test_export_goes_alone(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--export", "a", "--recipe", "tiny") == 2
     assert "--export takes a run folder and no other option" in capsys.readouterr().err
+    assert run("--export", "a") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "next: starkv eval a"
+    assert "has not been measured" in said[1]
     assert run("--export", "a", "--json") == 0
     assert (calls.kind, calls.folder) == ("export", Path("a"))
     assert json.loads(capsys.readouterr().out)["ratio"] == 2.0

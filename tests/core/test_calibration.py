@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -357,6 +358,37 @@ def test_seeds(make: Any, tmp_path: Path, method: str) -> None:
     assert ranks_of(tmp_path / "a") == ranks_of(tmp_path / "b")
     assert not same(tmp_path / "a", tmp_path / "c")
     assert metrics(tmp_path / "a") != metrics(tmp_path / "c")
+
+
+@pytest.mark.parametrize("method", ["star", "paper"])
+def test_ranks_that_are_not_learned_are_the_starts(make: Any, tmp_path: Path, method: str) -> None:
+    """The paper's method took its own order of components instead of start.allocation."""
+    start = {"allocation": "uniform"}
+    for name, steps in (("one-shot", 0), ("trained", 2)):
+        calibrate(make(method=method, steps=steps, rank_steps=0, start=start), tmp_path / name)
+    assert ranks_of(tmp_path / "trained") == ranks_of(tmp_path / "one-shot")
+
+
+def test_time_of_all_attempts_counts(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, clock, step = make(optim={"checkpoint_every": 2}), [0.0], _Calibration.step
+
+    def slow(self: _Calibration, number: int) -> float:
+        clock[0] += 100.0
+        if number == 4 and clock[0] == 500.0:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(_Calibration, "step", slow)
+    monkeypatch.setattr(
+        "starkv_core.calibrate.loop.time", SimpleNamespace(monotonic=lambda: clock[0])
+    )
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(recipe, tmp_path / "run")
+    result = calibrate(recipe, tmp_path / "run", resume=True)
+    assert result.seconds == 600.0  # 6 steps; the one that was lost is not counted
+    assert result.tokens_per_second == result.tokens / 600.0
 
 
 # --- editing ranks and exporting -----------------------------------------------------------------
