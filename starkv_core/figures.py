@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DPI = 150
 _SMALL = 8
 _MOST_LABELS = 24  # ticks on an axis
+_MOST_NAMED = 11  # layers in a legend, besides the first
 _MOST_DIGITS = 16  # columns of a heat map that still have room for numbers
 
 
@@ -48,22 +49,24 @@ def spectra_figures(report: SpectraReport, folder: Path) -> list[Path]:
 def _spectra(report: SpectraReport, title: str, path: Path) -> None:
     """Singular values over the largest, a line a layer: keys as the mean over heads."""
     from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
     figure.suptitle(f"singular values: {title}", fontsize=11)
     panels = figure.subplots(1, 2, sharey=True)
-    scale = Normalize(0, max(1, len(report.layers) - 1))
-    colors = colormaps["viridis"]
-    for layer in report.layers:
+    last = len(report.layers) - 1
+    colors = colormaps["viridis"].resampled(last + 1)
+    # Of many layers not all are named; those between have the colours between.
+    named = {round(n * last / _MOST_NAMED) for n in range(_MOST_NAMED + 1)}
+    for n, layer in enumerate(report.layers):
+        label = str(layer.index) if n in named else None
         keys = layer.keys / layer.keys[:, :1].clamp(min=1e-30)
         lines = (keys.mean(dim=0), layer.values / layer.values[:1].clamp(min=1e-30))
         for ax, line in zip(panels, lines, strict=True):
             shares = [100.0 * (i + 1) / len(line) for i in range(len(line))]
-            ax.plot(shares, line.tolist(), color=colors(scale(layer.index)), linewidth=1.0)
-    for ax, name in zip(panels, ("keys, head-wise (HD)", "values, joint (JD)"), strict=True):
+            ax.plot(shares, line.tolist(), color=colors(n), linewidth=1.0, label=label)
+    names = ("keys, head-wise (HD), mean over heads", "values, joint (JD)")
+    for ax, name in zip(panels, names, strict=True):
         ax.set_title(name, fontsize=10)
         ax.set_yscale("log")
         ax.set_ylim(1e-3, 1.3)
@@ -72,7 +75,7 @@ def _spectra(report: SpectraReport, title: str, path: Path) -> None:
         ax.grid(alpha=0.3)
         ax.tick_params(labelsize=_SMALL)
     panels[0].set_ylabel("singular value / largest", fontsize=9)
-    _colorbar(figure, ScalarMappable(scale, colors), list(panels), "layer")
+    _legend_outside(figure, panels[0], "outside right center", title="layer")
     save_png(figure, path)
 
 
@@ -93,19 +96,16 @@ def _energy_ranks(report: SpectraReport, title: str, path: Path) -> None:
     left.set_title(f"keys, {level:.0%} of the energy, of {full}", fontsize=10)
     left.set_xlabel("key head", fontsize=9)
     left.set_ylabel("layer", fontsize=9)
-    _colorbar(figure, image, [left], "share of full rank")
+    _colorbar(figure, image, [left], "keys, share of full rank")
     rows = range(len(values))
     for k, shade in reversed(list(enumerate(("#1f4e79", "#5b9bd5", "#bdd7ee")))):
         right.barh(rows, [v[k] for v in values], color=shade, label=f"{LEVELS[k]:.0%}")
-    right.axvline(len(report.layers[0].values), color="black", linewidth=1, linestyle="--")
-    right.set_xlim(right=1.35 * len(report.layers[0].values))  # room for the legend
+    width = len(report.layers[0].values)
+    right.axvline(width, color="black", linewidth=1, linestyle="--", label="full rank")
     right.set_title(f"values, joint, of {len(report.layers[0].values)}", fontsize=10)
     right.set_xlabel("rank", fontsize=9)
     right.tick_params(labelsize=_SMALL)
-    handles, labels = right.get_legend_handles_labels()
-    right.legend(
-        handles[::-1], labels[::-1], fontsize=_SMALL, title="energy", title_fontsize=_SMALL
-    )
+    _legend_outside(figure, right, "outside right center", title="values,\nenergy", turned=True)
     save_png(figure, path)
 
 
@@ -118,7 +118,8 @@ def _errors(report: SpectraReport, title: str, path: Path) -> None:
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
     figure.suptitle(f"error at equal budget: {title}", fontsize=11)
     layers = [layer.index for layer in report.layers]
-    for ax, name in zip(figure.subplots(1, 2), ("key", "value"), strict=True):
+    panels = figure.subplots(1, 2)
+    for ax, name in zip(panels, ("key", "value"), strict=True):
         for kind, color in (("hd", "#c55a11"), ("jd", "#1f4e79")):
             for b, (budget, style) in enumerate(zip(BUDGETS, ("-", "--"), strict=True)):
                 errors = [100.0 * getattr(x, f"{name}_errors")[kind][b] for x in report.layers]
@@ -131,7 +132,7 @@ def _errors(report: SpectraReport, title: str, path: Path) -> None:
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.tick_params(labelsize=_SMALL)
-        ax.legend(fontsize=_SMALL)
+    _legend_outside(figure, panels[0], "outside lower center", columns=4)
     save_png(figure, path)
 
 
@@ -210,7 +211,30 @@ def _ticks(count: int) -> range:
     return range(0, count, max(1, math.ceil(count / _MOST_LABELS)))
 
 
+def _legend_outside(
+    figure: Figure,
+    ax: Any,
+    place: str,
+    *,
+    title: str | None = None,
+    columns: int = 1,
+    turned: bool = False,
+) -> None:
+    """Legend of the curves or bars of ``ax`` beside the panels, where it covers no data."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(
+        handles[::-1] if turned else handles,
+        labels[::-1] if turned else labels,
+        loc=place,
+        ncols=columns,
+        fontsize=_SMALL,
+        title=title,
+        title_fontsize=_SMALL,
+    )
+
+
 def _colorbar(figure: Figure, image: Any, axes: list[Any], label: str) -> None:
-    bar = figure.colorbar(image, ax=axes)
+    # On the left: on the right its label would read as that of the next panel.
+    bar = figure.colorbar(image, ax=axes, location="left")
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=_SMALL)

@@ -89,6 +89,32 @@ def test_spectra_figures(tmp_path: Path, drawn: list[str]) -> None:
         assert mean == pytest.approx(layer.key_energy_ranks[1])
 
 
+def test_legends_and_colour_bars_stand_beside_the_panels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "starkv_core.figures.save_png", lambda figure, path: shown.update({path.stem: figure})
+    )
+    report = analyze_spectra(models.model("qwen2"))
+    spectra_figures(report, tmp_path)
+    labels = {
+        name: [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+        for name, figure in shown.items()
+    }
+    assert labels["spectra"] == [str(layer.index) for layer in report.layers]
+    assert labels["energy-ranks"] == ["90%", "95%", "99%", "full rank"]
+    assert len(labels["errors"]) == 4
+    for figure in shown.values():
+        figure.draw_without_rendering()
+        panels = [ax.get_window_extent() for ax in figure.axes]
+        for legend in figure.legends:
+            assert not any(legend.get_window_extent().overlaps(panel) for panel in panels)
+    # The label of a colour bar between two panels would read as that of the second.
+    keys, _, bar = shown["energy-ranks"].axes
+    assert bar.get_position().x1 < keys.get_position().x0
+
+
 def test_rank_map_shows_every_rank_and_dense_layers(tmp_path: Path, drawn: list[str]) -> None:
     spec = models.model("qwen2").spec
     ranks = RankMap((LayerRanks((3, 7), (11,)), None, LayerRanks((1, 16), (32,))))
