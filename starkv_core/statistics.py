@@ -47,7 +47,11 @@ class LayerStatistics:
 
 
 class _Accumulator:
-    """Sums for one layer, on its device, while the model runs."""
+    """Sums for one layer, on its device, while the model runs.
+
+    Products are formed in float32 and summed in float64: a long sum outgrows what float32 can add
+    to it. That takes ``8 d^2`` bytes a layer on its device, and as much again for mixed inputs.
+    """
 
     def __init__(self, loaded: LoadedModel, mixed: bool) -> None:
         self.loaded, self.mixed = loaded, mixed
@@ -62,7 +66,7 @@ class _Accumulator:
         spec = self.loaded.spec
         d = spec.hidden
         mixed = d if self.mixed else 0
-        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=device)  # noqa: E731
+        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)  # noqa: E731
         return LayerStatistics(
             zeros(d), zeros(d, d), zeros(mixed), zeros(mixed, mixed),
             zeros(spec.n_kv_heads, spec.head_dim),
@@ -112,8 +116,9 @@ class _Accumulator:
         assert self.sums is not None
         s, n, m = self.sums, self.tokens, max(self.mixed_rows, 1)
         return LayerStatistics(
-            (s.mean / n).cpu(), (s.moment / n).cpu(), (s.mixed_mean / m).cpu(),
-            (s.mixed_moment / m).cpu(), (s.query_energy / n).cpu(),
+            (s.mean / n).float().cpu(), (s.moment / n).float().cpu(),
+            (s.mixed_mean / m).float().cpu(), (s.mixed_moment / m).float().cpu(),
+            (s.query_energy / n).float().cpu(),
         )  # fmt: skip
 
 
