@@ -27,13 +27,18 @@ def pack(
     neighbours may come from one long document. The same documents, tokenizer and ``seed`` give the
     same rows. Reads no more documents than it needs, and the buffer.
 
+    Where the tokenizer puts a beginning-of-sequence token before a text (LLaMA), every row begins
+    with it, for a row is read as one text; it is not repeated before documents inside a row. The
+    windows of perplexity are cut from a text as published figures are: only the first has it.
+
     Returns int64 token ids ``[count, length]``. UserError if the text is too short, or the
     tokenizer has no end-of-sequence token.
     """
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError("the tokenizer has no end-of-sequence token to put between documents")
-    needed = count * length
+    begin = _begin(tokenizer)
+    needed = count * (length - len(begin))
     ids: list[int] = []
     for document in _shuffled(docs, random.Random(seed)):
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
@@ -45,8 +50,15 @@ def pack(
             f"too little text: {count} sequences of {length} need {needed} tokens, "
             f"found {len(ids)}; give more text, fewer sequences or shorter ones"
         )
-    rows = torch.tensor(ids[:needed], dtype=torch.int64).view(count, length)
+    rows = torch.tensor(ids[:needed], dtype=torch.int64).view(count, -1)
+    rows = torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), rows], dim=1)
     return rows[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-sequence token if the tokenizer puts it before a text, else nothing."""
+    around: list[int] = tokenizer("", verbose=False)["input_ids"]
+    return [id for id in around[:1] if id == tokenizer.bos_token_id]
 
 
 def _shuffled(docs: Iterable[str], order: random.Random) -> Iterator[str]:

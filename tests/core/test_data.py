@@ -19,6 +19,7 @@ class Characters:
     """A tokenizer of code points, ``END`` between documents."""
 
     eos_token_id: int | None = END
+    bos_token_id: int | None = None
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) for c in text]}
@@ -146,6 +147,28 @@ def test_rows_hold_the_documents_back_to_back() -> None:
     assert ids[-1] == END
     found = "".join(map(chr, ids)).strip(chr(END)).split(chr(END))
     assert sorted(found) == sorted(docs)
+
+
+class Beginning(Characters):
+    """As LLaMA's: a token before every text, unless none is asked for."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
+        return {"input_ids": [1] * add_special_tokens + [ord(c) for c in text]}
+
+
+def test_rows_begin_as_the_tokenizer_begins_a_text() -> None:
+    docs = ["abc", "d", "efghij"]
+    rows = pack(Beginning(), docs, length=5, count=3, seed=0)
+    assert rows.shape == (3, 5)
+    assert rows[:, 0].tolist() == [1, 1, 1]
+    assert not (rows[:, 1:] == 1).any()
+    plain = pack(Characters(), docs, length=4, count=3, seed=0)
+    assert torch.equal(rows[:, 1:], plain)
+    silent = Characters()
+    silent.bos_token_id = 1  # it has one, but does not use it (Qwen)
+    assert torch.equal(pack(silent, docs, length=4, count=3, seed=0), plain)
 
 
 def test_identical_input_gives_identical_rows() -> None:
