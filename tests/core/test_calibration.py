@@ -18,7 +18,7 @@ import torch
 
 from starkv_core.artifacts import read_yaml, write_yaml_atomic
 from starkv_core.budget import bytes_per_token
-from starkv_core.calibrate import export_run, run_calibration
+from starkv_core.calibrate import export_run, plan, run_calibration
 from starkv_core.calibrate.loop import (
     CalibrationResult,
     _Calibration,
@@ -389,6 +389,17 @@ def test_time_of_all_attempts_counts(
     result = calibrate(recipe, tmp_path / "run", resume=True)
     assert result.seconds == 600.0  # 6 steps; the one that was lost is not counted
     assert result.tokens_per_second == result.tokens / 600.0
+
+
+def test_the_estimate_of_time_survives_a_hiccup(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was several times too long whenever the one product it timed had to wait."""
+    found = []
+    for slow in (None, 0, 3):
+        took = iter([t for n in range(20) for t in (0.0, 5.0 if n == slow else 0.01)])
+        clock = SimpleNamespace(perf_counter=lambda took=took: next(took))
+        monkeypatch.setattr(sys.modules[plan.__module__], "time", clock)
+        found.append(plan(make(), device="cpu").seconds)
+    assert found[0] == found[1] == found[2]
 
 
 # --- editing ranks and exporting -----------------------------------------------------------------
