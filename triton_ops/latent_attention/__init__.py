@@ -1,6 +1,18 @@
 """Attention of a few query tokens over cached latents (docs/design.md sections 2 and 6)."""
 
-from triton_ops.latent_attention.op import BACKENDS, latent_attention
+from triton_ops.latent_attention.factors import LatentFactors
+from triton_ops.latent_attention.layout import KeyLayout, row_width
+from triton_ops.latent_attention.op import SLOTS, latent_attention
 from triton_ops.latent_attention.reference import expand_heads, rotate
+from triton_ops.latent_attention.rope import RopeTables
 
-__all__ = ["BACKENDS", "expand_heads", "latent_attention", "rotate"]
+__all__ = [
+    "SLOTS",
+    "KeyLayout",
+    "LatentFactors",
+    "RopeTables",
+    "expand_heads",
+    "latent_attention",
+    "rotate",
+    "row_width",
+]

@@ -1,92 +1,120 @@
-"""Checked entry point of latent attention."""
+"""Checked entry point of latent attention, one signature for both backends."""
 
 from __future__ import annotations
 
 import torch
 
+from triton_ops.latent_attention.factors import LatentFactors
+from triton_ops.latent_attention.layout import row_width
 from triton_ops.latent_attention.reference import latent_attention_reference
+from triton_ops.latent_attention.rope import RopeTables
 
-BACKENDS = ("reference",)
+REFERENCE_TILE = 1024  # tokens whose keys the reference rebuilds at once
+SLOTS = 256  # the kernels take buffers of a multiple of so many slots
 
 
 def latent_attention(
     q: torch.Tensor,
     key_latents: torch.Tensor,
     value_latents: torch.Tensor,
-    key_index: torch.Tensor,
-    key_up: torch.Tensor,
-    key_bias: torch.Tensor | None,
-    value_up: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    allowed: torch.Tensor,
-    scale: float,
+    factors: LatentFactors,
+    rope: RopeTables,
     *,
+    filled: torch.Tensor,
+    scale: float,
+    first: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
     backend: str = "reference",
-    tile: int = 1024,
 ) -> torch.Tensor:
-    """Attention of ``Q`` queries over ``L`` cached latents, without the value bias.
+    """Attention of the ``Q`` last tokens over the cached latents, without the value bias.
 
-    ``score = scale * q . R_t (U_h x_t + b_h)``, ``out = U_h^v sum_t softmax(score)_t z_t``.
+    ``score = scale * q . R_t (U_h x_t + b_h)``, ``out = U_h^v sum_t softmax(score)_t z_t``
+    (docs/design.md sections 2 and 6). Token i of Q stands at slot ``filled - Q + i`` and sees the
+    slots from ``first`` to its own; what lies beyond ``filled`` is never used.
 
     Args:
-        q: ``[B, H, Q, D]``, rotated for its own slots.
-        key_latents: ``[B, L, R]``, the latents of all key heads side by side.
-        value_latents: ``[B, L, r_v]``, shared by all heads.
-        key_index: int64 ``[H_kv, r]``, channels of each head in ``key_latents``, padded.
-        key_up: ``[H_kv, D, r]``, zero where ``key_index`` is padding.
-        key_bias: ``[H_kv, D]`` or None.
-        value_up: ``[H_kv, D, r_v]``.
-        cos, sin: ``[L, D]`` for slots 0 to L - 1, in radians' cosine and sine, scaling included.
-        allowed: bool ``[B, 1 or H_kv, Q, L]``; True where the query may attend.
+        q: ``[B, H, Q, D]``, turned for its own slots.
+        key_latents: ``[B, S, row_width(R)]``, the latents of all key heads side by side. Padding
+            within a row must be finite.
+        value_latents: ``[B, S, row_width(r_v)]``, shared by all heads.
+        factors: of the layer.
+        rope: tables of the model.
+        filled: int32 ``[1]``, slots filled, the Q tokens included; at most S.
         scale: factor on the scores.
-        backend: one of :data:`BACKENDS`.
-        tile: tokens whose keys are rebuilt at once.
+        first: int32 ``[B]``, the first slot of each row (left padding); None is 0.
+        mask: bool ``[B, 1, Q, S']``, True where a token may attend, on top of the above; S' is at
+            least ``filled``.
+        backend: ``reference`` or ``triton`` (see :func:`triton_ops.backends.choose_backend`).
 
     Returns:
-        ``[B, H, Q, D]`` in float32 or wider; zeros for queries that may attend to nothing.
+        ``[B, H, Q, D]`` in the dtype of q; zeros for tokens that may attend to nothing.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend.
+        ValueError: shapes that do not fit, with all of them listed.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r}: use one of {', '.join(BACKENDS)}")
     batch, heads, n_query, dim = q.shape
-    length = key_latents.shape[1]
-    kv_heads, rank = key_index.shape
+    kv_heads = len(factors.layout.ranks)
+    room = key_latents.shape[1]
+    value_rank = factors.value_up.shape[-1]
     expected = {
-        "key_latents": (key_latents.shape, (batch, length, key_latents.shape[-1])),
-        "value_latents": (value_latents.shape, (batch, length, value_up.shape[-1])),
-        "key_up": (key_up.shape, (kv_heads, dim, rank)),
-        "value_up": (value_up.shape, (kv_heads, dim, value_up.shape[-1])),
-        "cos": (cos.shape, (length, dim)),
-        "sin": (sin.shape, (length, dim)),
-        "allowed": (allowed.shape, (batch, allowed.shape[1], n_query, length)),
+        "key_latents": (key_latents, (batch, room, row_width(factors.layout.channels))),
+        "value_latents": (value_latents, (batch, room, row_width(value_rank))),
+        "key_up": (factors.key_up, (kv_heads, dim, factors.key_up.shape[-1])),
+        "key_bias": (factors.key_bias, (kv_heads, dim)),
+        "value_up": (factors.value_up, (kv_heads, dim, value_rank)),
+        "filled": (filled, (1,)),
+        "first": (first, (batch,)),
+        "mask": (mask, (batch, 1, n_query, 0 if mask is None else mask.shape[-1])),
     }
-    if key_bias is not None:
-        expected["key_bias"] = (key_bias.shape, (kv_heads, dim))
     wrong = [
-        f"{k} {tuple(got)}, expected {want}"
-        for k, (got, want) in expected.items()
-        if tuple(got) != want
+        f"{name} {list(got.shape)}, expected {list(want)}"
+        for name, (got, want) in expected.items()
+        if got is not None and tuple(got.shape) != want
     ]
     if heads % kv_heads:
         wrong.append(f"{heads} query heads do not divide among {kv_heads} key heads")
-    if allowed.shape[1] not in (1, kv_heads):
-        wrong.append(f"allowed has {allowed.shape[1]} heads, expected 1 or {kv_heads}")
+    if backend == "triton" and (room % SLOTS or key_latents.stride(1) % 8):
+        wrong.append(f"{room} slots: the triton backend takes whole blocks of {SLOTS}")
     if wrong:
         raise ValueError("latent_attention: " + "; ".join(wrong))
+    if backend == "triton":
+        # Imported here: where Triton is missing the reference still runs.
+        from triton_ops.latent_attention.launch import Tuning, latent_attention_triton
+
+        if first is None:
+            first = torch.zeros(batch, dtype=torch.int32, device=q.device)
+        return latent_attention_triton(
+            q,
+            key_latents,
+            value_latents,
+            factors,
+            rope,
+            filled,
+            first,
+            None if mask is None else mask[:, 0],
+            scale,
+            Tuning(),
+        )
+    length = int(filled)
+    slot = torch.arange(length, device=q.device)
+    allowed = slot < (length - n_query + 1 + torch.arange(n_query, device=q.device))[:, None]
+    allowed = allowed.expand(batch, 1, -1, -1)
+    if first is not None:
+        allowed = allowed & (slot >= first[:, None, None, None])
+    if mask is not None:
+        allowed = allowed & mask[..., :length]
+    cos, sin = rope.slots(length, q.device)
     return latent_attention_reference(
         q,
-        key_latents,
-        value_latents,
-        key_index,
-        key_up,
-        key_bias,
-        value_up,
+        key_latents[:, :length],
+        value_latents[:, :length, :value_rank],
+        factors.key_index,
+        factors.key_up,
+        factors.key_bias,
+        factors.value_up,
         cos,
         sin,
         allowed,
         scale,
-        tile,
-    )
+        REFERENCE_TILE,
+    ).to(q.dtype)

@@ -1,0 +1,485 @@
+"""Triton kernels of latent attention; :mod:`.launch` calls them, docs/kernels.md explains them.
+
+Scores are made a tile of tokens at a time. Each tile leaves ``p = exp2(score - top)`` in fp16,
+``top`` and ``mass = sum p`` per query; :func:`tile_weights` turns the tops into weights of tiles,
+:func:`mix_values` sums ``weight * p * z`` over splits of the sequence, :func:`sum_splits` adds them up and
+:func:`expand_values` applies U. Offsets that grow with the context are 64-bit. A query column is a (head, query token) pair, ``head * Q + token``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _largest(x):
+    return tl.max(tl.max(tl.abs(x), 1), 0)
+
+
+@triton.jit
+def absorb_queries(
+    q_ptr,  # [B, H, D], turned for its own slot
+    up_ptr,  # [R, D], row c the column of U of channel c
+    bias_ptr,  # [H, D] if BIAS
+    head_ptr,  # [H, 3]: first channel, channels, channels to write (padding of the row included)
+    ab_ptr,  # [B, 2, HALF_P, x_row], A and B in units of the head's largest
+    ab_bias_ptr,  # [B, H, 2, HALF_P] if BIAS
+    unit_ptr,  # [B, H]
+    x_row_8,
+    heads,
+    HALF: tl.constexpr,
+    HALF_P: tl.constexpr,
+    K: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """``A = q0 U0 + q1 U1``, ``B = q1 U0 - q0 U1`` of one head (docs/design.md section 6)."""
+    x_row = x_row_8 * 8
+    head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    start = tl.load(head_ptr + head * 3)
+    rank = tl.load(head_ptr + head * 3 + 1)
+    wrote = tl.load(head_ptr + head * 3 + 2)
+    freq = tl.arange(0, HALF_P)
+    real = freq < HALF
+    lane = tl.arange(0, K)
+    q_at = q_ptr + (row * heads + head) * (2 * HALF) + freq
+    q0 = tl.load(q_at, mask=real, other=0.0).to(tl.float32)[:, None]
+    q1 = tl.load(q_at + HALF, mask=real, other=0.0).to(tl.float32)[:, None]
+    u_at = up_ptr + (start + lane)[None, :] * (2 * HALF) + freq[:, None]
+    both = real[:, None] & (lane < rank)[None, :]
+    u0 = tl.load(u_at, mask=both, other=0.0).to(tl.float32)
+    u1 = tl.load(u_at + HALF, mask=both, other=0.0).to(tl.float32)
+    a = q0 * u0 + q1 * u1
+    b = q1 * u0 - q0 * u1
+    unit = tl.maximum(tl.maximum(_largest(a), _largest(b)), 1e-20)
+    if BIAS:
+        b_at = bias_ptr + head * (2 * HALF) + freq
+        b0 = tl.load(b_at, mask=real, other=0.0).to(tl.float32)[:, None]
+        b1 = tl.load(b_at + HALF, mask=real, other=0.0).to(tl.float32)[:, None]
+        a_bias = q0 * b0 + q1 * b1
+        b_bias = q1 * b0 - q0 * b1
+        unit = tl.maximum(unit, tl.maximum(_largest(a_bias), _largest(b_bias)))
+        at = ab_bias_ptr + (row * heads + head) * 2 * HALF_P + freq[:, None]
+        tl.store(at, (a_bias / unit).to(tl.float16))
+        tl.store(at + HALF_P, (b_bias / unit).to(tl.float16))
+    at = ab_ptr + (row * 2 * HALF_P + freq[:, None]) * x_row + (start + lane)[None, :]
+    tl.store(at, (a / unit).to(tl.float16), mask=(lane < wrote)[None, :])
+    tl.store(at + HALF_P * x_row, (b / unit).to(tl.float16), mask=(lane < wrote)[None, :])
+    tl.store(unit_ptr + row * heads + head, unit)
+
+
+@triton.jit
+def band_scores(
+    x_ptr,  # [B, S, x_row], latents of all key heads; padding within a row is finite
+    ab_ptr,  # [B, 2, HALF_P, x_row] of absorb_queries
+    ab_bias_ptr,  # [B, H, 2, HALF_P] if BIAS
+    unit_ptr,  # [B, H]
+    pick_ptr,  # [x_row, COLS], 1 where a channel belongs to a window's column
+    cos_ptr,  # [T / 2, HALF_P] of j + 1/2, fp16
+    sin_ptr,
+    cos_mid_ptr,  # [tiles, HALF_P] of the tiles' centres, times RoPE's factor, fp16
+    sin_mid_ptr,
+    filled_ptr,  # [1] slots filled
+    first_ptr,  # [B] first slot of each row
+    mask_ptr,  # [B, slots] if MASK
+    window_ptr,  # [windows, 3]: first channel (a multiple of 8), end, heads
+    p_ptr,  # [B, H, p_room]
+    top_ptr,  # [B, H, tiles]
+    mass_ptr,
+    scale,  # of scores, times log2(e)
+    x_batch,
+    x_row_8,  # row stride over 8: rows begin on 16 bytes
+    mask_batch,
+    p_room,
+    n_tiles,
+    per_program,
+    heads,
+    HALF_P: tl.constexpr,
+    T: tl.constexpr,
+    N: tl.constexpr,
+    COLS: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Scores of one query token, one query head per key head; keys are not rebuilt.
+
+    With slot ``t = c + j``, ``z_t = sum_i cos(j th_i) A'_i + sin(j th_i) B'_i`` where A', B' are
+    A, B turned by the tile's centre c. Slots ``c + j`` and ``c - j`` share the even and the odd
+    sum, which halves the work. A window is COLS heads; its channels come N at a time.
+    """
+    x_row = x_row_8 * 8
+    window = tl.program_id(0)
+    split = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    start = tl.multiple_of(tl.load(window_ptr + window * 3), 8)
+    end = tl.load(window_ptr + window * 3 + 1)
+    count = tl.load(window_ptr + window * 3 + 2)
+    filled = tl.load(filled_ptr)
+    first = tl.load(first_ptr + row)
+    freq = tl.arange(0, HALF_P)
+    lane = tl.arange(0, N)
+    col = tl.arange(0, COLS)
+    cols = window * COLS + col
+    live = col < count
+    j = tl.arange(0, T // 2)
+    cos_at = cos_ptr + j[:, None] * HALF_P + freq[None, :]
+    sin_at = sin_ptr + j[:, None] * HALF_P + freq[None, :]
+    cos = tl.load(cos_at)
+    sin = tl.load(sin_at)
+    unit = tl.load(unit_ptr + row * heads + cols, mask=live, other=0.0) * scale
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    ab_base = ab_ptr + row * 2 * HALF_P * x_row
+    ab_lane = freq[:, None] * x_row + lane[None, :]
+    pick_lane = lane[:, None] * COLS + col[None, :]
+    bias_base = ab_bias_ptr + (row * heads + window * COLS) * 2 * HALF_P
+    bias_lane = tl.minimum(col, count - 1)[:, None] * 2 * HALF_P + freq[None, :]
+    p_base = p_ptr + (row * heads + cols).to(tl.int64)[None, :] * p_room
+    top_base = top_ptr + (row * heads + cols) * n_tiles
+    mass_base = mass_ptr + (row * heads + cols) * n_tiles
+    x_after_lane = (T // 2 + j)[:, None] * x_row + lane[None, :]
+    x_before_lane = (T // 2 - 1 - j)[:, None] * x_row + lane[None, :]
+
+    chunks = tl.cdiv(end - start, N)
+    begin = split * per_program
+    tiles = tl.minimum(tl.cdiv(filled, T), begin + per_program) - begin
+    s_after = tl.zeros([T // 2, COLS], tl.float32)
+    s_before = tl.zeros([T // 2, COLS], tl.float32)
+    for step in tl.range(0, tiles * chunks, num_stages=STAGES):
+        tile = begin + step // chunks
+        chunk = step % chunks
+        offset = tl.multiple_of(start + chunk * N, 8)
+        stored = (offset + lane < x_row)[None, :]  # groups of 8: loads stay 16 bytes wide
+        x_at = x_ptr + row * x_batch + (tile * T).to(tl.int64) * x_row + offset
+        x_after = tl.load(x_at + x_after_lane, mask=stored, other=0.0)
+        x_before = tl.load(x_at + x_before_lane, mask=stored, other=0.0)
+        a = tl.load(ab_base + offset + ab_lane, mask=stored, other=0.0)
+        b = tl.load(ab_base + HALF_P * x_row + offset + ab_lane, mask=stored, other=0.0)
+        pick = tl.load(
+            pick_ptr + offset * COLS + pick_lane, mask=(offset + lane < end)[:, None], other=0.0
+        )
+        cos_mid = tl.load(cos_mid_ptr + tile * HALF_P + freq)[:, None]
+        sin_mid = tl.load(sin_mid_ptr + tile * HALF_P + freq)[:, None]
+        even = tl.dot(cos, a * cos_mid + b * sin_mid)
+        odd = tl.dot(sin, b * cos_mid - a * sin_mid)
+        s_after = tl.dot(x_after * (even + odd).to(dtype), pick, s_after)
+        s_before = tl.dot(x_before * (even - odd).to(dtype), pick, s_before)
+        if chunk == chunks - 1:
+            after = tile * T + T // 2 + j
+            before = tile * T + T // 2 - 1 - j
+            see_after = (after < filled) & (after >= first)
+            see_before = (before < filled) & (before >= first)
+            if MASK:
+                m_at = mask_ptr + row * mask_batch
+                see_after &= tl.load(m_at + after, mask=after < filled, other=0) != 0
+                see_before &= tl.load(m_at + before, mask=before < filled, other=0) != 0
+            if BIAS:
+                # Columns first: a product of 16 rows waits for itself, an asynchronous one must not
+                # stand in a branch.
+                a_bias = tl.load(bias_base + bias_lane)
+                b_bias = tl.load(bias_base + HALF_P + bias_lane)
+                cos_c = tl.load(cos_mid_ptr + tile * HALF_P + freq)[None, :]
+                sin_c = tl.load(sin_mid_ptr + tile * HALF_P + freq)[None, :]
+                even_bias = tl.dot(a_bias * cos_c + b_bias * sin_c, tl.trans(tl.load(cos_at)))
+                odd_bias = tl.dot(b_bias * cos_c - a_bias * sin_c, tl.trans(tl.load(sin_at)))
+                s_after += tl.trans(even_bias + odd_bias)
+                s_before += tl.trans(even_bias - odd_bias)
+            s_after = tl.where(see_after[:, None], s_after * unit[None, :], float("-inf"))
+            s_before = tl.where(see_before[:, None], s_before * unit[None, :], float("-inf"))
+            top = tl.max(tl.maximum(s_after, s_before), 0)
+            base = tl.where(top == float("-inf"), 0.0, top)
+            p_after = tl.exp2(s_after - base[None, :])
+            p_before = tl.exp2(s_before - base[None, :])
+            tl.store(p_base + after[:, None], p_after.to(tl.float16), mask=live[None, :])
+            tl.store(p_base + before[:, None], p_before.to(tl.float16), mask=live[None, :])
+            tl.store(top_base + tile, top, mask=live)
+            tl.store(mass_base + tile, tl.sum(p_after + p_before, 0), mask=live)
+            s_after = tl.zeros([T // 2, COLS], tl.float32)
+            s_before = tl.zeros([T // 2, COLS], tl.float32)
+
+
+@triton.jit
+def rebuilt_scores(
+    q_ptr,  # [B, H_kv * columns, D], turned for its own slot
+    x_ptr,  # [B, S, x_row]; padding within a row is finite
+    up_ptr,  # [entries, K + MORE, D], row c the column of U of the entry's channel c, else 0
+    bias_ptr,  # [H_kv, D] if BIAS
+    cos_ptr,  # [T, HALF_P] of j, fp16
+    sin_ptr,
+    cos_mid_ptr,  # [tiles, HALF_P] of the tiles' first slots, times RoPE's factor, float32
+    sin_mid_ptr,
+    filled_ptr,
+    first_ptr,
+    mask_ptr,  # [B, Q, slots] if MASK
+    entry_ptr,  # [entries, 2]: head, first channel to load (a multiple of 8)
+    p_ptr,  # [B, H_kv * columns, p_room]
+    top_ptr,  # [B, H_kv * columns, tiles]
+    mass_ptr,
+    scale,
+    x_batch,
+    x_row_8,
+    mask_batch,
+    mask_query,
+    p_room,
+    n_tiles,
+    per_program,
+    all_columns,
+    columns,  # query columns of one key head: G * Q
+    n_query,
+    HALF: tl.constexpr,
+    HALF_P: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    MORE: tl.constexpr,
+    COLS: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Scores of all queries of one key head; keys are rebuilt in registers, a tile at a time.
+
+    Keys turn by their offset within the tile, the queries back by the tile's first slot. A head's
+    channels are K and MORE side by side, so that ranks need not fill a power of two.
+    """
+    x_row = x_row_8 * 8
+    entry = tl.program_id(0)
+    blocks = tl.cdiv(columns, COLS)
+    block = tl.program_id(1) % blocks
+    split = tl.program_id(1) // blocks
+    row = tl.program_id(2).to(tl.int64)
+    head = tl.load(entry_ptr + entry * 2)
+    start = tl.multiple_of(tl.load(entry_ptr + entry * 2 + 1), 8)
+    filled = tl.load(filled_ptr)
+    first = tl.load(first_ptr + row)
+    freq = tl.arange(0, HALF_P)
+    real = freq < HALF
+    col = block * COLS + tl.arange(0, COLS)
+    live = col < columns
+    cols = head * columns + col
+    # Query i of n sees the slots filled before it and its own.
+    limit = filled - n_query + 1 + col % n_query
+
+    q_at = q_ptr + (row * all_columns + cols)[None, :] * (2 * HALF) + freq[:, None]
+    held = real[:, None] & live[None, :]
+    q0 = tl.load(q_at, mask=held, other=0.0).to(tl.float32)
+    q1 = tl.load(q_at + HALF, mask=held, other=0.0).to(tl.float32)
+    unit = tl.maximum(tl.maximum(_largest(q0), _largest(q1)), 1e-20)
+    q0 = q0 / unit
+    q1 = q1 / unit
+    j = tl.arange(0, T)
+    cos = tl.load(cos_ptr + j[:, None] * HALF_P + freq[None, :])
+    sin = tl.load(sin_ptr + j[:, None] * HALF_P + freq[None, :])
+    if BIAS:
+        b0 = tl.load(bias_ptr + head * (2 * HALF) + freq, mask=real, other=0.0).to(tl.float32)
+        b1 = tl.load(bias_ptr + head * (2 * HALF) + HALF + freq, mask=real, other=0.0).to(tl.float32)
+    channel = start + tl.arange(0, K)
+    stored = (channel < x_row)[None, :]  # groups of 8, so that loads stay 16 bytes wide
+    u_base = up_ptr + entry * (K + MORE) * (2 * HALF) + freq[None, :]
+    u_at = u_base + tl.arange(0, K)[:, None] * (2 * HALF)
+    u0 = tl.load(u_at, mask=real[None, :], other=0.0)
+    u1 = tl.load(u_at + HALF, mask=real[None, :], other=0.0)
+    if MORE:
+        more = start + K + tl.arange(0, MORE)
+        more_stored = (more < x_row)[None, :]
+        u_at = u_base + (K + tl.arange(0, MORE))[:, None] * (2 * HALF)
+        u0_more = tl.load(u_at, mask=real[None, :], other=0.0)
+        u1_more = tl.load(u_at + HALF, mask=real[None, :], other=0.0)
+    x_base = x_ptr + row * x_batch + start
+    x_lane = j[:, None] * x_row + tl.arange(0, K)[None, :]
+    if MORE:
+        more_lane = j[:, None] * x_row + (K + tl.arange(0, MORE))[None, :]
+    p_base = p_ptr + (row * all_columns + cols).to(tl.int64)[None, :] * p_room
+    begin = (split * per_program).to(tl.int64)
+    tiles = tl.minimum(tl.cdiv(filled, T), begin + per_program) - begin
+    for step in tl.range(0, tiles, num_stages=STAGES):
+        tile = begin + step
+        slots = tile * T + j
+        x_at = x_base + tile * T * x_row
+        x = tl.load(x_at + x_lane, mask=stored, other=0.0)
+        k0 = tl.dot(x, u0)
+        k1 = tl.dot(x, u1)
+        if MORE:
+            x_more = tl.load(x_at + more_lane, mask=more_stored, other=0.0)
+            k0 = tl.dot(x_more, u0_more, k0)
+            k1 = tl.dot(x_more, u1_more, k1)
+        if BIAS:
+            k0 += b0[None, :]
+            k1 += b1[None, :]
+        k0 = k0.to(tl.float16)
+        k1 = k1.to(tl.float16)
+        cos_mid = tl.load(cos_mid_ptr + tile * HALF_P + freq)[:, None]
+        sin_mid = tl.load(sin_mid_ptr + tile * HALF_P + freq)[:, None]
+        q0_here = (q0 * cos_mid + q1 * sin_mid).to(tl.float16)
+        q1_here = (q1 * cos_mid - q0 * sin_mid).to(tl.float16)
+        scores = tl.dot(k0 * cos - k1 * sin, q0_here)
+        scores = tl.dot(k1 * cos + k0 * sin, q1_here, scores)
+        seen = (slots[:, None] < limit[None, :]) & (slots >= first)[:, None]
+        if MASK:
+            m_at = mask_ptr + row * mask_batch + (col % n_query)[None, :] * mask_query
+            seen &= tl.load(m_at + slots[:, None], mask=seen, other=0) != 0
+        scores = tl.where(seen, scores * (scale * unit), float("-inf"))
+        top = tl.max(scores, 0)
+        p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[None, :])
+        tl.store(p_base + slots[:, None], p.to(tl.float16), mask=live[None, :])
+        at = (row * all_columns + cols) * n_tiles + tile
+        tl.store(top_ptr + at, top, mask=live)
+        tl.store(mass_ptr + at, tl.sum(p, 0), mask=live)
+
+
+@triton.jit
+def tile_weights(
+    top_ptr,  # [B * columns, tiles]; becomes exp2(top - largest)
+    mass_ptr,
+    total_ptr,  # [B * columns]
+    filled_ptr,
+    n_tiles,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Weights of tiles relative to the largest score, and the softmax's denominator."""
+    row = tl.program_id(0).to(tl.int64)
+    used = tl.cdiv(tl.load(filled_ptr), T)
+    lane = tl.arange(0, BLOCK)
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in range(0, used, BLOCK):
+        at = row * n_tiles + start + lane
+        largest = tl.maximum(
+            largest, tl.load(top_ptr + at, mask=start + lane < used, other=float("-inf"))
+        )
+    peak = tl.max(largest, 0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, used, BLOCK):
+        at = row * n_tiles + start + lane
+        here = start + lane < used
+        weight = tl.exp2(tl.load(top_ptr + at, mask=here, other=float("-inf")) - peak)
+        total += weight * tl.load(mass_ptr + at, mask=here, other=0.0)
+        tl.store(top_ptr + at, weight, mask=here)
+    tl.store(total_ptr + row, tl.sum(total, 0))
+
+
+@triton.jit
+def mix_values(
+    p_ptr,  # [B, columns, p_room]
+    weight_ptr,  # [B, columns, tiles]
+    z_ptr,  # [B, S, z_row]
+    mixed_ptr,  # [B, splits, columns, room], float32
+    filled_ptr,
+    z_batch,
+    z_row_8,
+    room_8,
+    p_room,
+    n_tiles,
+    per_program,
+    columns,
+    SCORE_TILE: tl.constexpr,
+    T: tl.constexpr,
+    N: tl.constexpr,
+    COLS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """``sum_t weight * p * z_t`` over one split of the sequence, for a block of channels."""
+    z_row = z_row_8 * 8
+    room = room_8 * 8
+    blocks = tl.cdiv(columns, COLS)
+    block = tl.program_id(0) % blocks
+    channel = tl.program_id(0) // blocks * N + tl.arange(0, N)
+    split = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    filled = tl.load(filled_ptr)
+    cols = block * COLS + tl.arange(0, COLS)
+    live = cols < columns
+    dtype: tl.constexpr = z_ptr.dtype.element_ty
+    p_base = p_ptr + (row * columns + cols).to(tl.int64)[:, None] * p_room
+    w_base = weight_ptr + (row * columns + cols) * n_tiles
+    z_base = z_ptr + row * z_batch + channel[None, :]
+    j = tl.arange(0, T)
+    if TRANSPOSED:
+        mixed = tl.zeros([N, COLS], tl.float32)
+    else:
+        mixed = tl.zeros([COLS, N], tl.float32)
+    last = tl.minimum(tl.cdiv(filled, T), (split + 1) * per_program)
+    for tile in tl.range(split * per_program, last, num_stages=STAGES):
+        slots = tile * T + j
+        z = tl.load(
+            z_base + slots.to(tl.int64)[:, None] * z_row,
+            mask=(slots < filled)[:, None] & (channel < room)[None, :],
+            other=0.0,
+        )
+        p = tl.load(p_base + slots[None, :], mask=live[:, None], other=0.0)
+        weight = tl.load(w_base + tile * T // SCORE_TILE, mask=live, other=0.0)
+        p = (p * weight[:, None]).to(dtype)
+        if TRANSPOSED:
+            mixed = tl.dot(tl.trans(z), tl.trans(p), mixed)
+        else:
+            mixed = tl.dot(p, z, mixed)
+    if TRANSPOSED:
+        mixed = tl.trans(mixed)
+    splits = tl.num_programs(1)
+    at = ((row * splits + split) * columns + cols).to(tl.int64)[:, None] * room + channel[None, :]
+    tl.store(mixed_ptr + at, mixed, mask=live[:, None] & (channel < room)[None, :])
+
+
+@triton.jit
+def sum_splits(
+    mixed_ptr,  # [B, splits, columns, room], float32
+    total_ptr,  # [B, columns]
+    out_ptr,  # [B, columns, room]
+    splits,
+    columns,
+    room,
+    N: tl.constexpr,
+):
+    """Sum the splits of one query column and divide by the softmax's denominator."""
+    col = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(2) * N + tl.arange(0, N)
+    here = channel < room
+    at = mixed_ptr + (row * splits * columns + col) * room + channel
+    out = tl.zeros([N], tl.float32)
+    for split in range(splits):
+        out += tl.load(at, mask=here, other=0.0)
+        at += columns * room
+    total = tl.load(total_ptr + row * columns + col)
+    out = out * tl.where(total > 0, 1.0 / total, 0.0)  # queries that may attend to nothing give 0
+    tl.store(out_ptr + (row * columns + col) * room + channel, out.to(out_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def expand_values(
+    mixed_ptr,  # [B, all columns, room]
+    up_ptr,  # [H_kv, D, room]
+    out_ptr,  # [B, all columns, D]
+    batch,
+    all_columns,
+    columns,  # of one key head
+    room_8,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """``U_h mixed`` for one head's columns of several rows of the batch."""
+    room = room_8 * 8
+    head = tl.program_id(0)
+    dim = tl.program_id(1) * N + tl.arange(0, N)
+    pair = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    row = pair // columns
+    col = head * columns + pair % columns
+    live = row < batch
+    lane = tl.arange(0, K)
+    out = tl.zeros([ROWS, N], tl.float32)
+    m_at = mixed_ptr + ((row.to(tl.int64) * all_columns + col) * room)[:, None] + lane[None, :]
+    u_at = up_ptr + ((head.to(tl.int64) * DIM + dim) * room)[None, :] + lane[:, None]
+    for start in tl.range(0, room, K, num_stages=STAGES):
+        here = start + lane < room
+        mixed = tl.load(m_at + start, mask=live[:, None] & here[None, :], other=0.0)
+        up = tl.load(u_at + start, mask=here[:, None] & (dim < DIM)[None, :], other=0.0)
+        out = tl.dot(mixed, up, out)
+    at = ((row.to(tl.int64) * all_columns + col) * DIM)[:, None] + dim[None, :]
+    tl.store(
+        out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live[:, None] & (dim < DIM)[None, :]
+    )

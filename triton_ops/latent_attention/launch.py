@@ -1,0 +1,151 @@
+"""Launches of the Triton kernels: which of them, over what grid, with which tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from triton_ops.latent_attention import kernels
+from triton_ops.latent_attention.factors import LatentFactors
+from triton_ops.latent_attention.layout import ALIGN, WINDOW, power
+from triton_ops.latent_attention.rope import RopeTables
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Tile sizes of the kernels; the defaults are the best measured on an H200.
+
+    Attributes:
+        band, rebuilt, mix, expand: keyword arguments of a launch, Triton's own included.
+        programs: programs that fill the GPU, which sets how often the sequence is split.
+    """
+
+    band: Mapping[str, int] = field(
+        default_factory=lambda: {"T": 128, "N": 64, "STAGES": 3, "num_warps": 4}
+    )
+    rebuilt: Mapping[str, int] = field(
+        default_factory=lambda: {"T": 64, "STAGES": 3, "num_warps": 4}
+    )
+    mix: Mapping[str, int] = field(
+        default_factory=lambda: {"T": 64, "N": 256, "TRANSPOSED": 1, "STAGES": 3, "num_warps": 4}
+    )
+    expand: Mapping[str, int] = field(
+        default_factory=lambda: {"N": 32, "K": 128, "STAGES": 3, "num_warps": 4}
+    )
+    programs: int = 132 * 4
+
+
+def latent_attention_triton(
+    q: torch.Tensor,
+    x: torch.Tensor,
+    z: torch.Tensor,
+    factors: LatentFactors,
+    rope: RopeTables,
+    filled: torch.Tensor,
+    first: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    tuning: Tuning,
+) -> torch.Tensor:
+    """See :func:`triton_ops.latent_attention.latent_attention`.
+
+    Args:
+        q: ``[B, H, Q, D]``, turned for its own slots.
+        x, z: ``[B, S, *]`` with rows that begin on 16 bytes; only ``filled`` slots are read.
+        filled: int32 ``[1]``, on the device: slots filled, the new tokens included.
+        first: int32 ``[B]``: the first slot of each row.
+        mask: bool ``[B, Q, S]`` or None, on top of causality and ``first``.
+        tuning: tile sizes.
+
+    Returns:
+        ``[B, H, Q, D]`` in the dtype of q.
+    """
+    batch, heads, n_query, dim = q.shape
+    room = x.shape[1]  # slots there are: sets the grid
+    kv_heads = factors.key_up.shape[0]
+    columns = heads // kv_heads * n_query
+    band = factors.band if columns == 1 else None
+    tile = (tuning.rebuilt if band is None else tuning.band)["T"]
+    n_tiles = -(-room // tile)
+    all_columns = heads * n_query
+    device, q = q.device, q.contiguous()
+    p = torch.empty(batch, all_columns, n_tiles * tile, dtype=torch.float16, device=device)
+    top = torch.empty(batch, all_columns, n_tiles, dtype=torch.float32, device=device)
+    mass = torch.empty_like(top)
+    common = (filled, first, filled if mask is None else mask)
+    half = dim // 2
+    half_p = power(half)
+    has = {"BIAS": factors.key_bias is not None, "MASK": mask is not None}
+    bias = q if factors.key_bias is None else factors.key_bias
+    x_row = x.stride(1) // ALIGN
+    if band is not None:
+        cos, sin, cos_mid, sin_mid = rope.band(tile, n_tiles, device)
+        ab = torch.empty(batch, 2, half_p, x.stride(1), dtype=torch.float16, device=device)
+        ab_bias = torch.empty(batch, heads, 2, half_p, dtype=torch.float16, device=device)
+        unit = torch.empty(batch, heads, dtype=torch.float32, device=device)
+        kernels.absorb_queries[(heads, batch)](
+            q, band.rows, bias, band.heads, ab, ab_bias, unit, x_row, heads,
+            HALF=half, HALF_P=half_p, K=band.width, BIAS=has["BIAS"], num_warps=4,
+        )
+        splits, per = _splits(n_tiles, len(band.windows) * batch, tuning.programs)
+        kernels.band_scores[(len(band.windows), splits, batch)](
+            x, ab, ab_bias, unit, band.pick, cos, sin, cos_mid, sin_mid, *common, band.windows,
+            p, top, mass, scale * LOG2_E, x.stride(0), x_row,
+            0 if mask is None else mask.stride(0), p.shape[-1], n_tiles, per, heads,
+            HALF_P=half_p, COLS=WINDOW, **has, **tuning.band,
+        )
+    else:
+        cos, sin, cos_mid, sin_mid = rope.rebuilt(tile, n_tiles, device)
+        width = min(64, power(columns))
+        blocks = -(-columns // width)
+        for (k, more), (entries, rows) in factors.buckets.items():
+            splits, per = _splits(n_tiles, len(entries) * blocks * batch, tuning.programs)
+            kernels.rebuilt_scores[(len(entries), splits * blocks, batch)](
+                q, x, rows, bias, cos, sin, cos_mid, sin_mid, *common, entries,
+                p, top, mass, scale * LOG2_E, x.stride(0), x_row,
+                0 if mask is None else mask.stride(0), 0 if mask is None else mask.stride(1),
+                p.shape[-1], n_tiles, per, all_columns, columns, n_query,
+                HALF=half, HALF_P=half_p, K=k, MORE=more, COLS=width, **has, **tuning.rebuilt,
+            )
+    total = torch.empty(batch, all_columns, dtype=torch.float32, device=device)
+    kernels.tile_weights[(batch * all_columns,)](
+        top, mass, total, filled, n_tiles, T=tile, BLOCK=power(min(n_tiles, 1024)), num_warps=1
+    )
+    mix = tuning.mix
+    value_room = factors.padded_value_up.shape[-1]
+    width = min(64, power(all_columns))
+    parts = -(-value_room // mix["N"]) * -(-all_columns // width)
+    n_value_tiles = -(-room // mix["T"])
+    splits, per = _splits(n_value_tiles, parts * batch, tuning.programs)
+    mixed = torch.empty(
+        batch, splits, all_columns, value_room, dtype=torch.float32, device=device
+    )
+    kernels.mix_values[(parts, splits, batch)](
+        p, top, z, mixed, filled, z.stride(0), z.stride(1) // ALIGN, mixed.shape[-1] // ALIGN,
+        p.shape[-1], n_tiles, per, all_columns,
+        SCORE_TILE=tile, COLS=width, **mix,
+    )
+    summed = torch.empty(batch, all_columns, value_room, dtype=z.dtype, device=device)
+    kernels.sum_splits[(all_columns, batch, -(-value_room // 512))](
+        mixed, total, summed, splits, all_columns, value_room, N=512, num_warps=4
+    )
+    out = torch.empty(batch, all_columns, dim, dtype=q.dtype, device=device)
+    rows = min(64, power(batch * columns))
+    expand = dict(tuning.expand)
+    n = min(expand.pop("N"), power(dim))
+    kernels.expand_values[(kv_heads, -(-dim // n), -(-batch * columns // rows))](
+        summed, factors.padded_value_up, out, batch, all_columns, columns, value_room // ALIGN,
+        DIM=dim, ROWS=rows, N=n, **expand,
+    )
+    return out.view(batch, heads, n_query, dim)
+
+
+def _splits(tiles: int, others: int, programs: int) -> tuple[int, int]:
+    """Splits of a sequence of ``tiles`` so that about ``programs`` run, and tiles of each."""
+    wanted = max(1, min(tiles, programs // max(1, others)))
+    per = -(-tiles // wanted)
+    return -(-tiles // per), per

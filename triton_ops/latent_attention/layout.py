@@ -1,0 +1,78 @@
+"""Where the channels of key heads lie in a row, and how the kernels cut the row up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+ALIGN = 8  # 16-bit numbers in the 16 bytes that one load moves: rows are padded to it
+WINDOW = 16  # heads whose scores are made together: columns of the narrowest product
+
+
+def row_width(channels: int) -> int:
+    """Numbers of a stored row that holds ``channels``: rows begin on 16 bytes."""
+    return -(-channels // ALIGN) * ALIGN
+
+
+def power(n: int, least: int = 16) -> int:
+    """The power of two from ``n``, at least ``least``: the side of a Triton tile."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def two_powers(n: int) -> tuple[int, int]:
+    """The least sum from ``n`` of two powers of two from 16, the second smaller or 0."""
+    whole = power(n)
+    half = whole // 2
+    if half < 32 or n > half + half // 2:
+        return whole, 0
+    return half, power(n - half)
+
+
+@dataclass(frozen=True)
+class KeyLayout:
+    """Channels of every key head in a row of key latents.
+
+    Attributes:
+        ranks: channels of each head.
+        starts: first channel of each head; heads of one group share theirs.
+    """
+
+    ranks: tuple[int, ...]
+    starts: tuple[int, ...]
+
+    @staticmethod
+    def side_by_side(ranks: tuple[int, ...]) -> KeyLayout:
+        """Every head its own channels, in order."""
+        return KeyLayout(ranks, (0, *accumulate(ranks[:-1])))
+
+    @property
+    def channels(self) -> int:
+        """R: channels of a row, padding left out."""
+        return max(s + r for s, r in zip(self.starts, self.ranks, strict=True))
+
+    @property
+    def windows(self) -> list[tuple[int, int, int]] | None:
+        """``(first channel to load, end, heads)`` of windows of :data:`WINDOW` heads.
+
+        None when heads share channels.
+        """
+        if self != KeyLayout.side_by_side(self.ranks):
+            return None
+        ends = list(accumulate(self.ranks))
+        found = []
+        for head in range(0, len(self.ranks), WINDOW):
+            heads = self.ranks[head : head + WINDOW]
+            first = self.starts[head] // ALIGN * ALIGN
+            found.append((first, ends[head + len(heads) - 1], len(heads)))
+        return found
+
+    def buckets(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """Heads by the channels a product takes: ``{(K, MORE): [(head, first channel to load)]}``.
+
+        Loads begin on 16 bytes and so may take in channels of the head before.
+        """
+        found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for head, (start, rank) in enumerate(zip(self.starts, self.ranks, strict=True)):
+            first = start // ALIGN * ALIGN
+            found.setdefault(two_powers(start + rank - first), []).append((head, first))
+        return dict(sorted(found.items()))
