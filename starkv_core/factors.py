@@ -18,7 +18,7 @@ from torch import nn
 from starkv_core.attention import LatentWeights, padded_index
 from starkv_core.decompose import Decomposition
 from starkv_core.errors import UserError
-from starkv_core.gate import gate, openness, threshold_for_rank
+from starkv_core.gate import excess, gate, openness, threshold_for_rank
 from starkv_core.models.load import LoadedModel
 from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import LayerRanks
@@ -120,8 +120,8 @@ class TrainedFactors(nn.Module):
 
     def levels(self, settings: GateSettings) -> list[torch.Tensor]:
         """How far each component lies above its threshold, in the gate's units, block by block."""
-        level = self.sigma.log() if settings.log_units else self.sigma
-        return list((level - self.alpha.detach()[self.owner]).split(self.counts))
+        alpha = self.alpha.detach()[self.owner]
+        return list(excess(self.sigma, alpha, log_units=settings.log_units).split(self.counts))
 
     def gates(self, settings: GateSettings, shift: Shift = 0.0) -> torch.Tensor:
         """``Th(sigma; alpha + shift)`` of every component, ``[N]``."""

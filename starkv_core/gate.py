@@ -31,15 +31,27 @@ def openness(
 
     Its sum is a soft rank; the number of entries above 0 is the rank.
     """
+    return opened(excess(sigma, alpha, log_units=log_units), slope)
+
+
+def excess(sigma: torch.Tensor, alpha: torch.Tensor, *, log_units: bool) -> torch.Tensor:
+    """How far each component lies above its threshold, in the gate's units."""
     level = sigma.clamp_min(torch.finfo(sigma.dtype).tiny).log() if log_units else sigma
-    return torch.tanh(slope * (level - alpha)).clamp_min(0.0)
+    return level - alpha
+
+
+def opened(above: torch.Tensor, slope: float) -> torch.Tensor:
+    """Openness of gates whose components lie ``above`` their thresholds: ``tanh(slope * above)``,
+    0 below them.
+    """
+    return torch.tanh(slope * above).clamp_min(0.0)
 
 
 def threshold_for_rank(sigma: torch.Tensor, rank: int, *, log_units: bool) -> float:
     """The threshold at which exactly the ``rank`` largest of ``sigma`` pass the gate.
 
     It lies midway (in the gate's units) between the last kept and the first dropped value; with
-    nothing dropped, half a typical spacing below the last.
+    nothing dropped, 1 below the last in log units, else at half of it.
 
     Args:
         sigma: ``[n]`` in descending order.

@@ -49,6 +49,7 @@ from starkv_core.data.corpus import documents
 from starkv_core.data.packing import pack
 from starkv_core.errors import RunFailure, UserError
 from starkv_core.factors import TrainedFactors, TrainedLayer
+from starkv_core.gate import opened
 from starkv_core.models.load import LoadedModel, load
 from starkv_core.models.spec import ModelSpec
 from starkv_core.progress import SILENT, Progress
@@ -447,7 +448,7 @@ class _Calibration:
         low, high = -30.0, 30.0
         for _ in range(50):
             mid = 0.5 * (low + high)
-            soft = torch.tanh(settings.slope * (levels - mid)).clamp_min(0).sum()
+            soft = opened(levels - mid, settings.slope).sum()
             low, high = (mid, high) if float(soft) > limit else (low, mid)
         at = torch.tensor(0.5 * (low + high), device=self.loaded.device)
         alphas = self.alphas()

@@ -36,3 +36,14 @@ def test_gradient_reaches_the_threshold() -> None:
     alpha = torch.tensor(0.95, requires_grad=True)
     gate(torch.tensor([1.0]), alpha, 5.0, log_units=False).sum().backward()
     assert alpha.grad is not None and float(alpha.grad) < 0
+
+
+def test_threshold_lies_midway() -> None:
+    """In the gate's units: where it lies decides how far the last gate kept is open."""
+    sigma = torch.tensor([9.0, 4.0, 1.0])
+    assert threshold_for_rank(sigma, 1, log_units=False) == 6.5
+    assert threshold_for_rank(sigma, 2, log_units=False) == 2.5
+    assert threshold_for_rank(sigma, 3, log_units=False) == 0.5
+    assert threshold_for_rank(sigma, 1, log_units=True) == pytest.approx(math.log(6.0))
+    assert threshold_for_rank(sigma, 2, log_units=True) == pytest.approx(math.log(2.0))
+    assert threshold_for_rank(sigma, 3, log_units=True) == -1.0
