@@ -123,7 +123,12 @@ def resolve_budget(
         limit, asked = float(bytes_limit), f"{bytes_limit:g} bytes per token"
     elif fit is not None:
         tokens, memory = fit
-        limit = memory / (slots(tokens) * fit_batch)
+        # Windows hold fewer slots than the full length at which they are counted per token.
+        spared = sum(
+            2 * spec.kv_width * (slots(tokens) - min(tokens, window - 1))
+            for window in spec.windows.values()
+        )
+        limit = (memory / fit_batch + spared * BYTES_PER_NUMBER) / slots(tokens)
         asked = f"{tokens} tokens x {fit_batch} in {memory} bytes"
     else:
         raise UserError("budget: give one of ratio, bytes_per_token, fit")

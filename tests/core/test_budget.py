@@ -71,6 +71,20 @@ def test_sliding_windows_are_left_dense() -> None:
     assert resolved(spec, ratio=1.5) == Budget(int(3 * 64 / 1.5) - 64, (0, 2))
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fit_counts_windows_as_they_are_held(batch: int) -> None:
+    """They counted at full length: a context that fits was refused, or shrunk far below."""
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    spec = models.model("qwen2", layer_types=kinds, use_sliding_window=True, sliding_window=32).spec
+    assert spec.windows == {1: 32}
+    window = 31 * 64 * 2
+    memory = batch * (512 * 2 * 40 + window)
+    budget = resolved(spec, fit=(300, memory), fit_batch=batch)
+    assert budget == Budget(40, (0, 2))
+    ranks = RankMap((LayerRanks((5, 6), (9,)), None, LayerRanks((5, 6), (9,))))
+    assert predict_bytes(spec, ranks, 300, batch) == memory
+
+
 @pytest.mark.parametrize(
     ("options", "asked"),
     [
