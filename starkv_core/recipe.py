@@ -125,7 +125,8 @@ class StartSection:
 
     keys: weights (plain SVD), whitened, or query-aware.
     values: weights (plain SVD), whitened, or mixed by attention.
-    center: take the mean out of the keys' second moment.
+    center: take the mean out of the second moments; a bias makes up for it. Under a norm on keys,
+        which leaves no room for one, the mean of the keys is only discounted.
     output_aware: weight values by the output projection.
     allocation: start ranks: uniform (one share everywhere), common (one threshold on the singular
         values) or probed (water-filling by what each layer's error does to the output).
@@ -189,7 +190,7 @@ class Recipe:
 
     schema: version of the format.
     method: star (ours) or paper (its gate, loss and hyperparameters).
-    seed: of data order and initialisation.
+    seed: of the order of documents and sequences; nothing else is random.
     steps: optimiser steps in all; 0 decomposes once, without training.
     rank_steps: the first of them, in which the ranks are learned; by default a third.
     batch: sequences per step.
