@@ -1,0 +1,1 @@
+"""Speed of latent attention and of whole models, beside the dense cache (docs/benchmarks)."""

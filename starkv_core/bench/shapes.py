@@ -1,0 +1,179 @@
+"""What is benchmarked: a named shape with its recorded rank map, or a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from starkv_core.artifacts import read_manifest
+from starkv_core.bench.rank_maps import read_entry
+from starkv_core.budget import paper_rate
+from starkv_core.errors import UserError
+from starkv_core.models.family import family_of
+from starkv_core.models.load import inspect
+from starkv_core.models.spec import ModelSpec
+from starkv_core.rank_map import LayerRanks, RankMap
+from starkv_core.run import is_run, read_ranks
+from triton_ops.latent_attention import row_width
+
+FAR = 1 << 21  # positions of a random model: its speed does not depend on what it knows
+SMALL_HEADS, SMALL_DIM, SMALL_LAYERS = 4, 32, 2
+SMALL_CONTEXT, SMALL_BATCH = 512, 2
+_SMALL_SHARE = 64  # contexts are divided by it
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model to build at random, or that of a run, with the ranks its cache has.
+
+    Attributes:
+        name: of the shape or the run folder; ends in ``(scaled down)`` where it is.
+        spec: shape of its attention.
+        ranks: its rank map.
+        parameters: of the whole model.
+        config: transformers config of a named shape; None for a run.
+    """
+
+    name: str
+    spec: ModelSpec
+    ranks: RankMap
+    parameters: int
+    config: Any = None
+
+    @property
+    def removed(self) -> float:
+        """The paper's rate: nominal, over latents of the compressed layers."""
+        return paper_rate(self.spec, self.ranks)
+
+    @property
+    def layer(self) -> int:
+        """The compressed layer of median total rank, which the suite ``attention`` measures."""
+        found = [(x.total, i) for i, x in enumerate(self.ranks.layers) if x is not None]
+        return sorted(found)[(len(found) - 1) // 2][1]
+
+    @property
+    def layer_ranks(self) -> LayerRanks:
+        """Ranks of that layer."""
+        ranks = self.ranks.layers[self.layer]
+        if ranks is None:
+            raise RuntimeError("the median is taken over compressed layers")
+        return ranks
+
+    @property
+    def factor_numbers(self) -> int:
+        """Numbers in the deployed factors of all layers; heads padded to the widest of theirs."""
+        spec, total = self.spec, 0
+        for layer in self.ranks.layers:
+            if layer is not None:
+                key_up = spec.kv_width * max(layer.keys) * 2  # twice: the kernels' form of it
+                value_up = spec.kv_width * row_width(sum(layer.values)) * 2
+                total += layer.total * spec.hidden + key_up + value_up
+        return total
+
+
+def cached_row(ranks: LayerRanks) -> int:
+    """Numbers stored for a token in a compressed layer, padding of the rows included."""
+    return row_width(sum(ranks.keys)) + row_width(sum(ranks.values))
+
+
+def open_shape(name: str) -> Shape:
+    """A named shape, or the shape of a run folder.
+
+    Raises:
+        UserError: neither, a run with nothing to measure, or a map that does not fit.
+    """
+    if is_run(name):
+        base = read_manifest(name)["base_model"]
+        spec, parameters = inspect(base.get("name"), revision=base.get("revision"))
+        shape = Shape(name, spec, read_ranks(Path(name)), parameters)
+    else:
+        entry = read_entry(name)
+        shape = _built(name, named_config(name), RankMap.from_dict(entry, name))
+    shape.ranks.check(shape.spec, name)
+    if all(layer is None for layer in shape.ranks.layers):
+        raise UserError(f"{name}: every layer is dense, there is nothing to measure")
+    return shape
+
+
+def named_config(name: str) -> Any:
+    """transformers config of a named shape, open to contexts beyond those it was trained for."""
+    from transformers import AutoConfig
+
+    parts = dict(read_entry(name)["model"])
+    parts["max_position_embeddings"] = FAR
+    return AutoConfig.for_model(parts.pop("model_type"), **parts)
+
+
+def named_spec(name: str) -> ModelSpec:
+    """Spec of a named shape."""
+    config = named_config(name)
+    family = family_of(config, name)
+    return family.spec(family.rope(meta_model(config)))
+
+
+def _built(name: str, config: Any, ranks: RankMap) -> Shape:
+    model = meta_model(config)
+    family = family_of(config, name)
+    spec = family.spec(family.rope(model))
+    return Shape(name, spec, ranks, sum(p.numel() for p in model.parameters()), config)
+
+
+def meta_model(config: Any) -> Any:
+    """The model without storage, but for its RoPE, whose frequencies are real."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    rotary: Any = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=config)
+    return model
+
+
+def scaled_down(shape: Shape) -> Shape:
+    """The same kind of attention with few, narrow heads in two layers, for a CPU.
+
+    A run keeps its model: only contexts and batches shrink.
+    """
+    if shape.config is None:
+        return shape
+    old = shape.spec
+    kv_heads = max(1, SMALL_HEADS // old.group)
+    heads = kv_heads * old.group
+    parts = shape.config.to_dict()
+    parts |= {
+        "hidden_size": heads * SMALL_DIM,
+        "intermediate_size": 2 * heads * SMALL_DIM,
+        "num_hidden_layers": SMALL_LAYERS,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": SMALL_DIM,
+        "vocab_size": 256,
+    }
+    parts.pop("layer_types", None)
+    config = type(shape.config).from_dict(parts)
+    kept = [layer for layer in shape.ranks.layers if layer is not None][:SMALL_LAYERS]
+    share = SMALL_DIM / old.head_dim
+    width = kv_heads * SMALL_DIM / old.kv_width
+    ranks = RankMap(
+        tuple(
+            LayerRanks(
+                tuple(max(1, round(k * share)) for k in layer.keys[:kv_heads]),
+                (max(1, round(sum(layer.values) * width)),),
+            )
+            for layer in kept + kept[:1] * (SMALL_LAYERS - len(kept))
+        )
+    )
+    return _built(f"{shape.name} (scaled down)", config, ranks)
+
+
+def small_contexts(contexts: tuple[int, ...]) -> tuple[int, ...]:
+    """Contexts for a scaled-down run."""
+    return tuple(dict.fromkeys(min(SMALL_CONTEXT, max(16, c // _SMALL_SHARE)) for c in contexts))
+
+
+def small_batches(batches: tuple[int, ...]) -> tuple[int, ...]:
+    """Batches for a scaled-down run."""
+    return tuple(dict.fromkeys(min(SMALL_BATCH, b) for b in batches))
