@@ -7,7 +7,7 @@ padding and later turns need nothing more (docs/design.md, traps 2 and 13).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -15,8 +15,15 @@ from torch.nn import functional as F
 
 from starkv_core.cache import LatentLayer
 from starkv_core.models.family import Family
-from starkv_core.models.spec import ModelSpec, Rope
-from triton_ops.latent_attention import expand_heads, latent_attention, rotate
+from starkv_core.models.spec import ModelSpec
+from triton_ops.latent_attention import (
+    KeyLayout,
+    LatentFactors,
+    RopeTables,
+    expand_heads,
+    latent_attention,
+    rotate,
+)
 
 DECODE_QUERIES = 16  # up to so many new tokens read the latents; more rebuild keys for SDPA
 
@@ -48,6 +55,22 @@ class LatentWeights:
     key_eps: float | None = None
     key_gram: torch.Tensor | None = None
 
+    @cached_property
+    def channel_heads(self) -> torch.Tensor:
+        """Int64 ``[R]``: the head of each channel (the last one where heads share channels)."""
+        real = _real_channels(self.key_index)
+        heads = torch.arange(len(real), device=real.device)[:, None].expand_as(real)
+        owner = torch.empty(self.key_down.shape[0], dtype=torch.long, device=real.device)
+        owner[self.key_index[real]] = heads[real]
+        return owner
+
+    @cached_property
+    def factors(self) -> LatentFactors:
+        """The same as latent attention takes them; made once."""
+        ranks = _real_channels(self.key_index).sum(-1).tolist()
+        layout = KeyLayout(tuple(ranks), tuple(self.key_index[:, 0].tolist()))
+        return LatentFactors(layout, self.key_up, self.key_bias, self.value_up)
+
 
 @lru_cache(maxsize=4096)  # asked for in every training forward, always with the same arguments
 @torch.inference_mode(False)  # what is kept must serve training too, whoever asks first
@@ -74,25 +97,6 @@ def padded_index(
     return torch.stack(rows).to(device), torch.stack(masks).to(device)
 
 
-class RopeTables:
-    """Cos and sin of slots, made once per model and grown as the cache grows."""
-
-    def __init__(self, rope: Rope) -> None:
-        self._rope = rope
-        self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    @torch.inference_mode(False)  # what is kept must serve training too
-    def get(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float32 ``[length, D]`` cos and sin for slots 0 to ``length - 1``."""
-        cos, sin = self._tables.get(device, (None, None))
-        if cos is None or sin is None or len(cos) < length:
-            cos, sin = self._rope.tables(
-                0, max(length, 2 * len(cos) if cos is not None else 256), device
-            )
-            self._tables[device] = cos, sin
-        return cos[:length], sin[:length]
-
-
 def latents(weights: LatentWeights, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What is cached for ``hidden [B, L, d]``: ``[B, L, R]`` for keys, ``[B, L, r]`` for values."""
     keys = F.linear(hidden, weights.key_down)
@@ -105,7 +109,7 @@ def _normalised(weights: LatentWeights, keys: torch.Tensor, eps: float) -> torch
     """Latents over the root mean square of their key (docs/design.md section 2, QK-norm)."""
     heads, dim, rank = weights.key_up.shape
     x = keys[..., weights.key_index.reshape(-1)].unflatten(-1, (heads, rank)).float()
-    real = _real_channels(weights)
+    real = _real_channels(weights.key_index)
     x = x * real
     energy = (
         x.square().sum(-1)
@@ -113,16 +117,11 @@ def _normalised(weights: LatentWeights, keys: torch.Tensor, eps: float) -> torch
         else torch.einsum("blhr,hrs,blhs->blh", x, weights.key_gram.float(), x)
     )
     scale = torch.rsqrt(energy / dim + eps)
-    owner = torch.empty(keys.shape[-1], dtype=torch.long, device=keys.device)
-    owner[weights.key_index[real]] = torch.arange(heads, device=keys.device)[:, None].expand(
-        heads, rank
-    )[real]
-    return (keys * scale[..., owner]).to(keys.dtype)
+    return (keys * scale[..., weights.channel_heads]).to(keys.dtype)
 
 
-def _real_channels(weights: LatentWeights) -> torch.Tensor:
+def _real_channels(index: torch.Tensor) -> torch.Tensor:
     """Bool ``[H_kv, r]``: False where ``key_index`` is padding (0 out of its own place)."""
-    index = weights.key_index
     real = index != 0
     real[0, 0] = True
     return real
@@ -164,8 +163,7 @@ class CompressedAttention:
         """Output of the module, ``[B, L, d]``, for new tokens ``hidden [B, L, d]``.
 
         Raises:
-            TypeError: an additive mask. Whether it holds biases, which are not supported, could
-                only be told by looking at its values, a synchronisation in every step.
+            TypeError: an additive mask.
 
         Args:
             mask: None (causal) or bool ``[B, 1 or H, L, slots]``, True where a token may attend.
@@ -174,36 +172,24 @@ class CompressedAttention:
         spec = self.spec
         n_new = hidden.shape[1]
         keys, values = latents(weights, hidden)
-        past = 0
+        q = self.family.queries(self.module, hidden, spec.head_dim)
+        scale = self.module.scaling
+        past, layer = 0, None
         if cache is not None:
             layer = self._layer(cache)
             past = layer.length
             keys, values = layer.append(keys, values)
-        cos, sin = self.tables.get(past + n_new, hidden.device)
-        q = self.family.queries(self.module, hidden, spec.head_dim)
-        q = rotate(q, cos[past:], sin[past:])
-        scale = self.module.scaling
-        if cache is not None and n_new <= DECODE_QUERIES:
-            out = latent_attention(
-                q,
-                keys,
-                values,
-                weights.key_index,
-                weights.key_up,
-                weights.key_bias,
-                weights.value_up,
-                cos,
-                sin,
-                _allowed(mask, past, n_new, hidden),
-                scale,
-                backend=self.backend,
-            ).to(hidden.dtype)
+        if layer is not None and n_new <= DECODE_QUERIES:
+            out = self._decode(weights, q, layer, mask)
         else:
+            cos, sin = self.tables.slots(past + n_new, hidden.device)
+            q = rotate(q, cos[past:], sin[past:])
             k = expand_heads(
                 keys.to(hidden.dtype), weights.key_index, weights.key_up, weights.key_bias
             )
             k = rotate(k, cos, sin)
-            v = torch.einsum("blr,hdr->bhld", values.to(hidden.dtype), weights.value_up)
+            values = values[..., : weights.value_up.shape[-1]].to(hidden.dtype)
+            v = torch.einsum("blr,hdr->bhld", values, weights.value_up)
             causal = mask is None and past == 0
             if not causal:
                 mask = _allowed(mask, past, n_new, hidden)
@@ -219,6 +205,39 @@ class CompressedAttention:
             # The probabilities sum to 1, so the bias passes through attention unchanged.
             out = out + weights.value_bias.repeat_interleave(spec.group, 0)[:, None, :]
         return self.module.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _decode(
+        self, weights: LatentWeights, q: torch.Tensor, layer: LatentLayer, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention of the few tokens just appended, straight from the latents.
+
+        Args:
+            q: ``[B, H, n, D]`` before RoPE.
+            mask: as :meth:`__call__` has it; in a captured step its row lengths say it all.
+        """
+        n_new, step = q.shape[2], layer.step
+        if step is None:
+            cos, sin = self.tables.slots(layer.length, q.device)
+            cos, sin = cos[-n_new:], sin[-n_new:]
+            filled = torch.full((1,), layer.length, dtype=torch.int32, device=q.device)
+            first = None
+            if mask is not None:
+                mask = _checked(mask)[..., : layer.length]
+        else:
+            cos, sin = self.tables.slots(layer.room, q.device)
+            cos, sin = cos.index_select(0, step.slot), sin.index_select(0, step.slot)
+            filled, first, mask = step.filled, step.first, None
+        return latent_attention(
+            rotate(q, cos, sin),
+            *layer.buffers(),
+            weights.factors,
+            self.tables,
+            filled=filled,
+            scale=self.module.scaling,
+            first=first,
+            mask=mask,
+            backend=self.backend,
+        )
 
     def _layer(self, cache: Any) -> LatentLayer:
         """This layer's latents; an empty layer of a plain dynamic cache is replaced."""
@@ -241,10 +260,15 @@ def _allowed(mask: torch.Tensor | None, past: int, n_new: int, like: torch.Tenso
         slot = torch.arange(past + n_new, device=like.device)
         seen = slot[None, :] <= slot[past:, None]
         return seen.expand(like.shape[0], 1, -1, -1)
+    return _checked(mask)[..., : past + n_new]
+
+
+def _checked(mask: torch.Tensor) -> torch.Tensor:
+    """Refuse additive masks: their biases could only be told apart by a synchronisation."""
     if mask.dtype != torch.bool:
         raise TypeError(
             f"attention mask of {mask.dtype}: compressed layers take bool masks, True where a "
             "token may attend (for a mask of 0 and -inf: mask == 0; transformers makes bool masks "
             'for attn_implementation="sdpa")'
         )
-    return mask[..., : past + n_new]
+    return mask

@@ -8,6 +8,7 @@ alike on beam reorder, batch selection and crop (docs/design.md, traps 11 and 14
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,34 +21,82 @@ from transformers.cache_utils import (
 from starkv_core.budget import slots
 from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import RankMap
+from triton_ops.latent_attention import row_width
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a captured decode step writes and reads: tensors, so that a replay sees them move.
+
+    Attributes:
+        slot: int64 ``[1]``, the slot of the new token.
+        filled: int32 ``[1]``, slots filled with it.
+        first: int32 ``[B]``, the first slot of each row, or None where nothing is padded.
+    """
+
+    slot: torch.Tensor
+    filled: torch.Tensor
+    first: torch.Tensor | None
 
 
 class _GrowingLayer(CacheLayerMixin):
-    """Two buffers ``[B, slots, width]`` of which the first ``length`` slots are filled."""
+    """Two buffers ``[B, slots, width]`` of which the first ``length`` slots are filled.
+
+    While ``step`` is set, tokens are written at its slot, nothing grows and all slots are returned.
+    """
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
     keys: torch.Tensor | None
     values: torch.Tensor | None
+    is_initialized: bool
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
         self.length = 0
+        self.step: Step | None = None
+
+    @property
+    def room(self) -> int:
+        """Slots allocated."""
+        return 0 if self.keys is None else self.keys.shape[1]
+
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All slots of keys and values, filled or not."""
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for the first rows ``[B, L, width]``."""
-        self.device = key_states.device
-        room = slots(key_states.shape[1])
-        self.keys = self._buffer(key_states, room)
-        self.values = self._buffer(value_states, room)
-        self.is_initialized = True
+        widths = (key_states.shape[-1], value_states.shape[-1])
+        self.reserve(key_states.shape[0], key_states.shape[1], widths, key_states.device)
 
-    def _buffer(self, rows: torch.Tensor, room: int) -> torch.Tensor:
-        return torch.empty(
-            (rows.shape[0], room, rows.shape[-1]), dtype=self.dtype, device=rows.device
-        )
+    def reserve(
+        self, batch: int, tokens: int, widths: tuple[int, int], device: torch.device
+    ) -> None:
+        """Make room for ``tokens`` tokens of numbers ``widths``; what is held stays."""
+        room = slots(tokens)
+        if not self.is_initialized:
+            self.device = device
+            self.keys, self.values = (
+                # Zeros: kernels read the padding of rows, and what is not filled must be finite.
+                torch.zeros(batch, room, self._width(width), dtype=self.dtype, device=device)
+                for width in widths
+            )
+            self.is_initialized = True
+        elif room > self.room:
+            self.keys, self.values = (self._grown(buffer, room) for buffer in self.buffers())
+
+    def _width(self, numbers: int) -> int:
+        """Numbers of a stored row."""
+        return numbers
+
+    def _grown(self, buffer: torch.Tensor, room: int) -> torch.Tensor:
+        bigger = buffer.new_zeros(buffer.shape[0], room, buffer.shape[-1])
+        bigger[:, : self.length] = buffer[:, : self.length]
+        return bigger
 
     def append(
         self, key_rows: torch.Tensor, value_rows: torch.Tensor
@@ -55,20 +104,20 @@ class _GrowingLayer(CacheLayerMixin):
         """Store ``[B, L, width]`` rows in place; returns views of all filled slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_rows, value_rows)
-        assert self.keys is not None and self.values is not None
         stop = self.length + key_rows.shape[1]
-        if stop > self.keys.shape[1]:
-            self.keys = self._grown(self.keys, stop)
-            self.values = self._grown(self.values, stop)
-        self.keys[:, self.length : stop] = key_rows
-        self.values[:, self.length : stop] = value_rows
+        if self.step is None:
+            self.reserve(key_rows.shape[0], stop, (0, 0), key_rows.device)
+        keys, values = self.buffers()
+        for buffer, rows in ((keys, key_rows), (values, value_rows)):
+            buffer = buffer[..., : rows.shape[-1]]
+            if self.step is None:
+                buffer[:, self.length : stop] = rows
+            else:
+                buffer.index_copy_(1, self.step.slot, rows.to(self.dtype))
+        if self.step is not None:
+            return keys, values
         self.length = stop
-        return self.keys[:, :stop], self.values[:, :stop]
-
-    def _grown(self, buffer: torch.Tensor, tokens: int) -> torch.Tensor:
-        bigger = self._buffer(buffer, slots(tokens))
-        bigger[:, : self.length] = buffer[:, : self.length]
-        return bigger
+        return keys[:, :stop], values[:, :stop]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -121,7 +170,13 @@ class _GrowingLayer(CacheLayerMixin):
 
 
 class LatentLayer(_GrowingLayer):
-    """Latents of one compressed layer: keys ``[B, L, R]`` of all heads, values ``[B, L, r_v]``."""
+    """Latents of one compressed layer: keys ``[B, L, R]`` of all heads, values ``[B, L, r_v]``.
+
+    Rows are padded with zeros to begin on 16 bytes; the padding counts as stored.
+    """
+
+    def _width(self, numbers: int) -> int:
+        return row_width(numbers)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -184,7 +239,7 @@ class LatentCache(Cache):
     def __init__(
         self, spec: ModelSpec, ranks: RankMap | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> None:
-        self.spec = spec
+        self.spec, self.ranks = spec, ranks
         layers: list[CacheLayerMixin] = []
         for i in range(spec.n_layers):
             if ranks is not None and ranks.layers[i] is not None:
@@ -194,6 +249,30 @@ class LatentCache(Cache):
             else:
                 layers.append(DenseLayer(dtype))
         super().__init__(layers=layers)
+
+    @property
+    def steppable(self) -> bool:
+        """Whether every layer can be written at a slot that a tensor names."""
+        return all(isinstance(layer, _GrowingLayer) for layer in self.layers)
+
+    def reserve(self, batch: int, tokens: int, device: torch.device) -> None:
+        """Make room for ``tokens`` tokens in every layer at once; what is held stays."""
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, _GrowingLayer):
+                ranks = None if self.ranks is None else self.ranks.layers[i]
+                dense = (self.spec.kv_width, self.spec.kv_width)
+                widths = dense if ranks is None else (sum(ranks.keys), sum(ranks.values))
+                layer.reserve(batch, tokens, widths, device)
+
+    def fill(self, tokens: int) -> None:
+        """Declare that the first ``tokens`` slots of every layer are filled."""
+        for layer in self.layers:
+            layer.length = tokens
+
+    def set_step(self, step: Step | None) -> None:
+        """Write the tokens to come at the slot that ``step`` names; None ends that."""
+        for layer in self.layers:
+            layer.step = step
 
     @property
     def nbytes(self) -> int:

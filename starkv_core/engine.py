@@ -6,6 +6,7 @@ Evaluation and chat both go through :func:`stream`, so what is measured is what 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from starkv_core.decode import CapturedStep, CaptureError
 from starkv_core.errors import UserError
 
 if TYPE_CHECKING:
     from starkv_core.run import Subject
+
+_LOG = logging.getLogger(__name__)
+_LEAST_CAPTURED = 16  # steps from which a capture pays for itself
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,10 @@ class Sampler:
             # A token stays when those before it have not reached top_p yet: the first always does.
             beyond = ordered.cumsum(dim=-1) - ordered >= self.top_p
             scores = scores.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
-        return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+        # The largest p / Exp(1) is token i with probability p_i; unlike torch.multinomial it can be
+        # captured in a CUDA graph.
+        chances = scores.softmax(dim=-1)
+        return (chances / torch.empty_like(chances).exponential_(generator=generator)).argmax(-1)
 
 
 def end_tokens(subject: Subject) -> tuple[int, ...]:
@@ -99,6 +107,9 @@ def stream(
     prefill_chunk: int | None = None,
 ) -> Generator[Tensor, None, None]:
     """Generate up to ``max_new_tokens`` tokens a row, one step at a time.
+
+    On a GPU the steps after the prompt are replays of one CUDA graph where that can be captured;
+    where it cannot, the log says why and the steps run one by one, with the same tokens.
 
     Args:
         subject: model, compressed or dense.
@@ -167,20 +178,54 @@ def _steps(
         padding = int(ends[0]) if len(ends) else 0
     ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     past = int(cache.get_seq_length())
+    captured: CapturedStep | None = None
     with subject.active():
-        for step in range(max_new_tokens):
-            for part in tokens.split(chunk, dim=1):
-                past += part.shape[1]
-                logits = _forward(subject, part, mask, past, cache)
-            following = sampler.pick(logits, generator)
-            following = following.masked_fill(ended, padding)
-            ended = ended | torch.isin(following, ends)
-            yield following
-            if step + 1 == max_new_tokens or bool(ended.all()):
-                return
-            tokens = following[:, None]
-            if mask is not None:
-                mask = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), dim=1)
+        try:
+            for step in range(max_new_tokens):
+                if captured is not None:
+                    captured.tokens.copy_(tokens[:, 0])
+                    following = captured.replay().clone()
+                else:
+                    for part in tokens.split(chunk, dim=1):
+                        past += part.shape[1]
+                        logits = _forward(subject, part, mask, past, cache)
+                    following = sampler.pick(logits, generator)
+                following = following.masked_fill(ended, padding)
+                ended = ended | torch.isin(following, ends)
+                yield following
+                if step + 1 == max_new_tokens or bool(ended.all()):
+                    return
+                tokens = following[:, None]
+                if mask is not None:
+                    mask = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), dim=1)
+                if step == 0 and max_new_tokens > _LEAST_CAPTURED:
+                    captured = _captured(
+                        subject, cache, following, sampler, generator, mask, max_new_tokens
+                    )
+        finally:
+            if captured is not None:
+                captured.close()
+
+
+def _captured(
+    subject: Subject,
+    cache: Any,
+    tokens: Tensor,
+    sampler: Sampler,
+    generator: torch.Generator,
+    mask: Tensor | None,
+    steps: int,
+) -> CapturedStep | None:
+    """The remaining ``steps`` as replays of one graph, or None where that is not possible."""
+    if tokens.device.type != "cuda":
+        return None
+    first = None if mask is None else (mask == 0).sum(dim=-1, dtype=torch.int32)
+    try:
+        cache.reserve(len(tokens), cache.get_seq_length() + steps, tokens.device)
+        return CapturedStep(subject, cache, tokens, sampler, generator, first)
+    except (CaptureError, torch.cuda.OutOfMemoryError) as error:
+        _LOG.warning("decoding without a CUDA graph: %s", error)
+        return None
 
 
 def _forward(subject: Subject, part: Tensor, mask: Tensor | None, past: int, cache: Any) -> Tensor:

@@ -21,7 +21,7 @@ from starkv_core.artifacts import (
     write_manifest,
     write_yaml_atomic,
 )
-from starkv_core.attention import LatentWeights, RopeTables
+from starkv_core.attention import LatentWeights
 from starkv_core.cache import LatentCache
 from starkv_core.errors import UserError
 from starkv_core.factors import (
@@ -39,6 +39,8 @@ from starkv_core.provenance import sha256_file
 from starkv_core.rank_map import LayerRanks, RankMap
 from starkv_core.recipe import Recipe, load_recipe
 from starkv_core.surgery import WeightsOf, compressed
+from triton_ops.backends import choose_backend
+from triton_ops.latent_attention import RopeTables
 
 RECIPE = "recipe.yaml"
 RANKS = "ranks.yaml"
@@ -142,21 +144,42 @@ def deployed_subject(
     layers: Mapping[int, FoldedLayer],
     run_dir: Path | None = None,
     store_dtype: torch.dtype | None = None,
+    backend: str | None = None,
 ) -> Subject:
-    """A compressed model from folded factors, in the dtype and on the devices of the base model."""
+    """A compressed model from folded factors, in the dtype and on the devices of the base model.
+
+    Raises:
+        UserError: the backend asked for cannot run here.
+    """
     attentions = loaded.family.attentions(loaded.model)
     weights = {
         i: layer.weights(loaded.dtype, attentions[i].q_proj.weight.device)  # type: ignore[union-attr]
         for i, layer in layers.items()
     }
+    store_dtype = store_dtype or store_dtype_of(loaded)
     return Subject(
         loaded,
         ranks,
         weights,
         run_dir,
-        store_dtype=store_dtype or store_dtype_of(loaded),
-        tables=RopeTables(loaded.spec.rope),
+        backend=_backend(backend, loaded, store_dtype),
+        store_dtype=store_dtype,
+        tables=RopeTables(loaded.spec.rope.inv_freq, loaded.spec.rope.scaling),
     )
+
+
+def _backend(asked: str | None, loaded: LoadedModel, store_dtype: torch.dtype) -> str:
+    try:
+        if loaded.dtype == store_dtype:
+            return choose_backend(asked, loaded.device)
+        if asked == "triton":
+            raise ValueError(
+                f"backend 'triton' cannot run: the model computes in {loaded.dtype}, its cache "
+                f"holds {store_dtype}; load the model in 16 bits"
+            )
+        return choose_backend("reference", loaded.device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def is_run(path: str | Path) -> bool:
@@ -200,6 +223,7 @@ def open_subject(
     device_map: str | None = None,
     dtype: str = "auto",
     model: str | None = None,
+    backend: str | None = None,
 ) -> Subject:
     """Open a run folder, a model folder or a hub id; None is the embedded model.
 
@@ -207,6 +231,7 @@ def open_subject(
         device, device_map, dtype: as in :func:`starkv_core.models.load`; where neither a device nor
             a map is given, a run has the map of its recipe.
         model: where the base model of a run lies now, if it has moved.
+        backend: of latent attention, ``reference`` or ``triton``; None is the best that can run.
 
     Raises:
         UserError: not there, unfinished, damaged, or made for another base model.
@@ -238,7 +263,7 @@ def open_subject(
     faults = list(_shape_faults(layers, loaded.spec))
     if faults:
         raise UserError.many(f"{run_dir}/{FACTORS}: does not fit the model", faults)
-    return deployed_subject(loaded, ranks, layers, run_dir)
+    return deployed_subject(loaded, ranks, layers, run_dir, backend=backend)
 
 
 def device_map_of(recipe: Recipe, device: str | None) -> str | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from starkv_core.attention import CompressedAttention, LatentWeights, RopeTables
+from starkv_core.attention import CompressedAttention, LatentWeights
 from starkv_core.models.load import LoadedModel
+from triton_ops.latent_attention import RopeTables
 
 WeightsOf = Callable[[], LatentWeights]
 
@@ -37,7 +38,7 @@ def compressed(
         The model, for ``forward`` and ``generate``.
     """
     model = loaded.model
-    tables = tables or RopeTables(loaded.spec.rope)
+    tables = tables or RopeTables(loaded.spec.rope.inv_freq, loaded.spec.rope.scaling)
     attentions = loaded.family.attentions(model)
     # Masks must come in SDPA's form: None, bool or additive.
     implementation = model.config._attn_implementation

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from starkv_core.attention import RopeTables
 from starkv_core.factors import GateSettings, Shift, TrainedLayer
 from starkv_core.models.load import LoadedModel
 from starkv_core.rank_map import RankMap
 from starkv_core.surgery import compressed
+from triton_ops.latent_attention import RopeTables
 
 
 class Student(nn.Module):
@@ -36,7 +36,7 @@ class Student(nn.Module):
         self.layers = nn.ModuleDict(
             {str(i): layer.to(attentions[i].q_proj.weight.device) for i, layer in layers.items()}
         )
-        self._tables = RopeTables(loaded.spec.rope)
+        self._tables = RopeTables(loaded.spec.rope.inv_freq, loaded.spec.rope.scaling)
 
     def by_layer(self) -> dict[int, TrainedLayer]:
         """Trained-form layers by index."""
@@ -53,11 +53,14 @@ class Student(nn.Module):
         )
 
     def numbers(self, shift: float = 0.0) -> int:
-        """Numbers cached per token in the compressed layers."""
-        return sum(layer.total for layer in self.ranks(shift).layers if layer is not None)
+        """Numbers stored per token in the compressed layers, padding of rows included."""
+        return sum(layer.stored for layer in self.ranks(shift).layers if layer is not None)
 
     def soft_numbers(self, shift: Shift = 0.0) -> torch.Tensor:
-        """The same, counted by how far the gates are open; differentiable."""
+        """Latents per token, counted by how far the gates are open; differentiable.
+
+        Nominal, without padding: where the ranks settle, rows are full.
+        """
         first = self.loaded.device
         parts = [
             factors.soft_rank(self.settings, _on(shift, factors.alpha)).to(first)

@@ -2,8 +2,9 @@
 
 Scores are made a tile of tokens at a time. Each tile leaves ``p = exp2(score - top)`` in fp16,
 ``top`` and ``mass = sum p`` per query; :func:`tile_weights` turns the tops into weights of tiles,
-:func:`mix_values` sums ``weight * p * z`` over splits of the sequence, :func:`sum_splits` adds them up and
-:func:`expand_values` applies U. Offsets that grow with the context are 64-bit. A query column is a (head, query token) pair, ``head * Q + token``.
+:func:`mix_values` sums ``weight * p * z`` over splits of the sequence, :func:`sum_splits` adds the
+splits up and :func:`expand_values` applies U. Offsets that grow with the context are 64-bit. A
+query column is a (head, query token) pair, ``head * Q + token``.
 """
 
 from __future__ import annotations
@@ -272,7 +273,9 @@ def rebuilt_scores(
     sin = tl.load(sin_ptr + j[:, None] * HALF_P + freq[None, :])
     if BIAS:
         b0 = tl.load(bias_ptr + head * (2 * HALF) + freq, mask=real, other=0.0).to(tl.float32)
-        b1 = tl.load(bias_ptr + head * (2 * HALF) + HALF + freq, mask=real, other=0.0).to(tl.float32)
+        b1 = tl.load(bias_ptr + head * (2 * HALF) + HALF + freq, mask=real, other=0.0).to(
+            tl.float32
+        )
     channel = start + tl.arange(0, K)
     stored = (channel < x_row)[None, :]  # groups of 8, so that loads stay 16 bytes wide
     u_base = up_ptr + entry * (K + MORE) * (2 * HALF) + freq[None, :]
@@ -439,12 +442,16 @@ def sum_splits(
     here = channel < room
     at = mixed_ptr + (row * splits * columns + col) * room + channel
     out = tl.zeros([N], tl.float32)
-    for split in range(splits):
+    for _ in range(splits):
         out += tl.load(at, mask=here, other=0.0)
         at += columns * room
     total = tl.load(total_ptr + row * columns + col)
     out = out * tl.where(total > 0, 1.0 / total, 0.0)  # queries that may attend to nothing give 0
-    tl.store(out_ptr + (row * columns + col) * room + channel, out.to(out_ptr.dtype.element_ty), mask=here)
+    tl.store(
+        out_ptr + (row * columns + col) * room + channel,
+        out.to(out_ptr.dtype.element_ty),
+        mask=here,
+    )
 
 
 @triton.jit

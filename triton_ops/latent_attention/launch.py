@@ -88,15 +88,49 @@ def latent_attention_triton(
         ab_bias = torch.empty(batch, heads, 2, half_p, dtype=torch.float16, device=device)
         unit = torch.empty(batch, heads, dtype=torch.float32, device=device)
         kernels.absorb_queries[(heads, batch)](
-            q, band.rows, bias, band.heads, ab, ab_bias, unit, x_row, heads,
-            HALF=half, HALF_P=half_p, K=band.width, BIAS=has["BIAS"], num_warps=4,
+            q,
+            band.rows,
+            bias,
+            band.heads,
+            ab,
+            ab_bias,
+            unit,
+            x_row,
+            heads,
+            HALF=half,
+            HALF_P=half_p,
+            K=band.width,
+            BIAS=has["BIAS"],
+            num_warps=4,
         )
         splits, per = _splits(n_tiles, len(band.windows) * batch, tuning.programs)
         kernels.band_scores[(len(band.windows), splits, batch)](
-            x, ab, ab_bias, unit, band.pick, cos, sin, cos_mid, sin_mid, *common, band.windows,
-            p, top, mass, scale * LOG2_E, x.stride(0), x_row,
-            0 if mask is None else mask.stride(0), p.shape[-1], n_tiles, per, heads,
-            HALF_P=half_p, COLS=WINDOW, **has, **tuning.band,
+            x,
+            ab,
+            ab_bias,
+            unit,
+            band.pick,
+            cos,
+            sin,
+            cos_mid,
+            sin_mid,
+            *common,
+            band.windows,
+            p,
+            top,
+            mass,
+            scale * LOG2_E,
+            x.stride(0),
+            x_row,
+            0 if mask is None else mask.stride(0),
+            p.shape[-1],
+            n_tiles,
+            per,
+            heads,
+            HALF_P=half_p,
+            COLS=WINDOW,
+            **has,
+            **tuning.band,
         )
     else:
         cos, sin, cos_mid, sin_mid = rope.rebuilt(tile, n_tiles, device)
@@ -105,11 +139,37 @@ def latent_attention_triton(
         for (k, more), (entries, rows) in factors.buckets.items():
             splits, per = _splits(n_tiles, len(entries) * blocks * batch, tuning.programs)
             kernels.rebuilt_scores[(len(entries), splits * blocks, batch)](
-                q, x, rows, bias, cos, sin, cos_mid, sin_mid, *common, entries,
-                p, top, mass, scale * LOG2_E, x.stride(0), x_row,
-                0 if mask is None else mask.stride(0), 0 if mask is None else mask.stride(1),
-                p.shape[-1], n_tiles, per, all_columns, columns, n_query,
-                HALF=half, HALF_P=half_p, K=k, MORE=more, COLS=width, **has, **tuning.rebuilt,
+                q,
+                x,
+                rows,
+                bias,
+                cos,
+                sin,
+                cos_mid,
+                sin_mid,
+                *common,
+                entries,
+                p,
+                top,
+                mass,
+                scale * LOG2_E,
+                x.stride(0),
+                x_row,
+                0 if mask is None else mask.stride(0),
+                0 if mask is None else mask.stride(1),
+                p.shape[-1],
+                n_tiles,
+                per,
+                all_columns,
+                columns,
+                n_query,
+                HALF=half,
+                HALF_P=half_p,
+                K=k,
+                MORE=more,
+                COLS=width,
+                **has,
+                **tuning.rebuilt,
             )
     total = torch.empty(batch, all_columns, dtype=torch.float32, device=device)
     kernels.tile_weights[(batch * all_columns,)](
@@ -121,25 +181,44 @@ def latent_attention_triton(
     parts = -(-value_room // mix["N"]) * -(-all_columns // width)
     n_value_tiles = -(-room // mix["T"])
     splits, per = _splits(n_value_tiles, parts * batch, tuning.programs)
-    mixed = torch.empty(
-        batch, splits, all_columns, value_room, dtype=torch.float32, device=device
-    )
+    mixed = torch.empty(batch, splits, all_columns, value_room, dtype=torch.float32, device=device)
     kernels.mix_values[(parts, splits, batch)](
-        p, top, z, mixed, filled, z.stride(0), z.stride(1) // ALIGN, mixed.shape[-1] // ALIGN,
-        p.shape[-1], n_tiles, per, all_columns,
-        SCORE_TILE=tile, COLS=width, **mix,
+        p,
+        top,
+        z,
+        mixed,
+        filled,
+        z.stride(0),
+        z.stride(1) // ALIGN,
+        mixed.shape[-1] // ALIGN,
+        p.shape[-1],
+        n_tiles,
+        per,
+        all_columns,
+        SCORE_TILE=tile,
+        COLS=width,
+        **mix,
     )
     summed = torch.empty(batch, all_columns, value_room, dtype=z.dtype, device=device)
     kernels.sum_splits[(all_columns, batch, -(-value_room // 512))](
         mixed, total, summed, splits, all_columns, value_room, N=512, num_warps=4
     )
     out = torch.empty(batch, all_columns, dim, dtype=q.dtype, device=device)
-    rows = min(64, power(batch * columns))
+    pairs = min(64, power(batch * columns))
     expand = dict(tuning.expand)
     n = min(expand.pop("N"), power(dim))
-    kernels.expand_values[(kv_heads, -(-dim // n), -(-batch * columns // rows))](
-        summed, factors.padded_value_up, out, batch, all_columns, columns, value_room // ALIGN,
-        DIM=dim, ROWS=rows, N=n, **expand,
+    kernels.expand_values[(kv_heads, -(-dim // n), -(-batch * columns // pairs))](
+        summed,
+        factors.padded_value_up,
+        out,
+        batch,
+        all_columns,
+        columns,
+        value_room // ALIGN,
+        DIM=dim,
+        ROWS=pairs,
+        N=n,
+        **expand,
     )
     return out.view(batch, heads, n_query, dim)
 

@@ -56,7 +56,8 @@ def latent_attention_reference(
 ) -> torch.Tensor:
     """See :func:`triton_ops.latent_attention.latent_attention`; accumulates in float32 or wider.
 
-    Returns ``[B, H, Q, D]`` in that dtype. The tile bounds the memory for rebuilt keys; the softmax runs online over tiles.
+    Returns ``[B, H, Q, D]`` in that dtype. The tile bounds the memory for rebuilt keys; the softmax
+    runs online over tiles.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     batch, heads, n_query, dim = q.shape

@@ -42,7 +42,7 @@ class RopeTables:
         return self._tiles("band", tile, tiles, device, offsets, (tile - 1) / 2, torch.float16)
 
     def rebuilt(self, tile: int, tiles: int, device: torch.device) -> Four:
-        """Fp16 cos, sin ``[tile, P]`` of ``j``; float32 of the tiles' first slots ``[tiles, P]``."""
+        """Fp16 cos, sin ``[tile, P]`` of ``j``; float32 of tiles' first slots ``[tiles, P]``."""
         offsets = torch.arange(tile, dtype=torch.float64)
         return self._tiles("rebuilt", tile, tiles, device, offsets, 0.0, torch.float32)
 

@@ -1,0 +1,140 @@
+"""One decode step as a CUDA graph: forward, sampling and the in-place append, replayed per token.
+
+Launching a model's kernels one by one takes longer than running them; a captured step takes one
+launch (docs/design.md section 6).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from starkv_core.cache import LatentCache, Step
+
+if TYPE_CHECKING:
+    from starkv_core.engine import Sampler
+    from starkv_core.run import Subject
+
+_WARM_UPS = 2  # steps run before the capture: kernels compile, libraries set themselves up
+
+
+class CaptureError(Exception):
+    """A step cannot be captured; the message says why."""
+
+
+class CapturedStep:
+    """The next token of every row, again and again, on one cache.
+
+    The capture costs about three steps and leaves the cache as it was. Each replay appends the
+    current tokens and picks the next ones; :meth:`close` tells the cache how many it then holds.
+
+    Args:
+        subject: model, compressed or dense; the caller is inside ``subject.active()``.
+        cache: filled by the prompt and with room (:meth:`LatentCache.reserve`) for all steps.
+        tokens: int64 ``[B]``, the tokens to feed first.
+        sampler: how tokens are picked.
+        generator: its source of draws, on the GPU.
+        first: int32 ``[B]``, the first slot of each row (left padding), or None.
+
+    Raises:
+        CaptureError: no GPU or several, a sliding window, or the capture itself fails.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        cache: LatentCache,
+        tokens: torch.Tensor,
+        sampler: Sampler,
+        generator: torch.Generator,
+        first: torch.Tensor | None = None,
+    ) -> None:
+        if tokens.device.type != "cuda":
+            raise CaptureError("CUDA graphs need a GPU")
+        if not cache.steppable:
+            raise CaptureError("layers under a sliding window move their slots")
+        if any(layer.device != tokens.device for layer in cache.layers):
+            raise CaptureError("the model's layers are on several devices")
+        self._model, self._cache, self._sampler = subject.model, cache, sampler
+        self._generator = generator
+        self._start = cache.get_seq_length()
+        self._steps = 0
+        device, room = tokens.device, min(layer.room for layer in cache.layers)
+        self._room = room
+        self.tokens = tokens.clone()
+        self._slot = torch.tensor([self._start], device=device)
+        self._filled = torch.tensor([self._start + 1], dtype=torch.int32, device=device)
+        self._offset = (
+            torch.zeros(len(tokens), 1, dtype=torch.long, device=device)
+            if first is None
+            else first.long()[:, None]
+        )
+        slots = torch.arange(room, device=device)
+        held = slots <= self._start
+        # Only layers left dense read it; compressed ones go by the step's own counts.
+        seen = held if first is None else held & (slots >= first[:, None])
+        self._mask = seen.expand(len(tokens), room)[:, None, None].clone()
+        cache.set_step(Step(self._slot, self._filled, first))
+        try:
+            self._graph = self._capture()
+        except Exception as error:
+            cache.set_step(None)
+            cache.fill(self._start)
+            raise CaptureError(str(error).splitlines()[0]) from error
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        state = self._generator.get_state()
+        kept = [t.clone() for t in (self.tokens, self._slot, self._filled, self._mask)]
+
+        def restore() -> None:
+            for tensor, value in zip(
+                (self.tokens, self._slot, self._filled, self._mask), kept, strict=True
+            ):
+                tensor.copy_(value)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._run()
+                restore()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._generator.set_state(state)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self._generator)
+        with torch.cuda.graph(graph):
+            self._run()
+        restore()
+        return graph
+
+    def _run(self) -> None:
+        output = self._model(
+            input_ids=self.tokens[:, None],
+            attention_mask=self._mask,
+            position_ids=self._slot - self._offset,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.tokens.copy_(self._sampler.pick(output.logits[:, -1], self._generator))
+        self._slot += 1
+        self._filled += 1
+        self._mask.index_fill_(3, self._slot.clamp(max=self._room - 1), True)
+
+    def replay(self) -> torch.Tensor:
+        """One step: int64 ``[B]``, the next tokens, in a buffer that the next replay overwrites.
+
+        Raises:
+            RuntimeError: the cache has no room left.
+        """
+        if self._start + self._steps >= self._room:
+            raise RuntimeError(f"the cache has room for {self._room} tokens and holds as many")
+        self._graph.replay()
+        self._steps += 1
+        return self.tokens
+
+    def close(self) -> None:
+        """End the captured steps: the cache holds the prompt and one token a replay."""
+        self._cache.set_step(None)
+        self._cache.fill(self._start + self._steps)
