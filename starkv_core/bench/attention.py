@@ -1,0 +1,304 @@
+"""Suite ``attention``: one layer's attention over a filled cache, all backends side by side.
+
+From the turned queries ``[B, H, 1, D]`` of one new token to the output in front of ``o_proj``.
+What making the query, appending and ``o_proj`` cost is the same for all and is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from starkv_core.bench.gate import OUTPUT_LIMIT, fault, relative_error
+from starkv_core.bench.plan import Need
+from starkv_core.bench.shapes import Shape, cached_row
+from starkv_core.bench.timing import Timing, measure, peak_bytes, release
+from starkv_core.budget import slots
+from triton_ops.latent_attention import (
+    KeyLayout,
+    LatentFactors,
+    RopeTables,
+    expand_heads,
+    latent_attention,
+    rotate,
+    row_width,
+)
+
+SDPA_DEFAULT, SDPA_FLASH, REBUILD, STARKV = BACKENDS = (
+    "sdpa-default",
+    "sdpa-flash",
+    "rebuild",
+    "starkv",
+)
+_TILE = 4096  # tokens that `rebuild` rebuilds at once: bounds its temporaries
+_GATE_TILE = 4096  # tokens of the float64 reference at once
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One backend in one case: its time, or the fault in its place."""
+
+    timing: Timing | None
+    error: float | None = None
+    fault: str | None = None
+    peak: int | None = None
+    extra: dict[str, object] = field(default_factory=dict)
+
+
+def read_bytes(shape: Shape, backend: str, ctx: int, batch: int) -> int:
+    """Bytes of cache that one step of a backend has to move.
+
+    Dense: keys and values, read once. ``starkv``: the latents as stored, row padding included.
+    ``rebuild``: the latents, and keys and values written and read again.
+    """
+    dense = 2 * batch * ctx * 2 * shape.spec.kv_width
+    latents = 2 * batch * ctx * cached_row(shape.layer_ranks)
+    return {REBUILD: latents + 2 * dense, STARKV: latents}.get(backend, dense)
+
+
+def cache_bytes(shape: Shape, backend: str, ctx: int, batch: int) -> int:
+    """Bytes of the layer's cache; the latents in whole blocks of slots, as the engine has them."""
+    if backend in (REBUILD, STARKV):
+        return 2 * batch * slots(ctx) * cached_row(shape.layer_ranks)
+    return 2 * batch * ctx * 2 * shape.spec.kv_width
+
+
+def need(shape: Shape, backend: str, ctx: int, batch: int) -> Need:
+    """Memory of one backend in one case."""
+    spec, parts = shape.spec, {"cache": cache_bytes(shape, backend, ctx, batch)}
+    scores = batch * spec.n_heads * slots(ctx) * 2
+    if backend == REBUILD:
+        parts["rebuilt keys and values"] = 2 * batch * ctx * 2 * spec.kv_width
+        parts["temporaries"] = 16 * batch * min(ctx, _TILE) * spec.kv_width
+    elif backend == STARKV:
+        parts["scores"] = scores
+        split = batch * spec.n_heads * sum(shape.layer_ranks.values) * 4
+        parts["sums"] = 33 * split
+    else:
+        parts["splits"] = scores
+    parts["margin"] = 1 << 30
+    return Need(parts)
+
+
+def run_case(
+    shape: Shape,
+    ctx: int,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    op_backend: str,
+    timed: Callable[[Callable[[], object], torch.device], Timing] = measure,
+) -> Measured:
+    """Make the inputs of one backend, hold its output to float64, then time it.
+
+    Args:
+        backend: of :data:`BACKENDS`.
+        op_backend: of latent attention, ``reference`` or ``triton``.
+    """
+    release(device)
+    case = (
+        _Latents(shape, ctx, batch, dtype, device, op_backend)
+        if backend in (REBUILD, STARKV)
+        else _Dense(shape, ctx, batch, dtype, device)
+    )
+    step = case.step(backend)
+    error = case.error(step())
+    found = fault(error, OUTPUT_LIMIT[dtype])
+    if found is not None:
+        return Measured(None, error, found)
+    release(device)
+    timing = timed(step, device)
+    return Measured(timing, error, peak=peak_bytes(device))
+
+
+def _normal(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int, scale: float = 1.0
+) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    made = torch.empty(shape, dtype=dtype, device=device)
+    return made.normal_(generator=generator).mul_(scale)
+
+
+def _checked(batch: int) -> list[int]:
+    """Rows that the reference computes, with all of their heads: the ends and the middle."""
+    return sorted({0, batch // 2, batch - 1})
+
+
+def _attend(q: Tensor, tiles: Iterator[tuple[Tensor, Tensor]], scale: float) -> Tensor:
+    """Float64 attention of one row's queries, a tile of the cache at a time (online softmax).
+
+    Args:
+        q: ``[H_kv, G, D]``.
+        tiles: keys ``[H_kv, T, D]`` with values ``[H_kv, T, D]``, or ``[T, r]`` shared by all heads.
+
+    Returns:
+        ``[H_kv, G, D]`` or ``[H_kv, G, r]``.
+    """
+    top = q.new_full((*q.shape[:2], 1), -torch.inf)
+    mass, mixed = torch.zeros_like(top), q.new_zeros(())
+    for keys, values in tiles:
+        scores = q @ keys.mT * scale
+        new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+        p, shrink = torch.exp(scores - new_top), torch.exp(top - new_top)
+        part = p @ values if values.ndim == 3 else (p.flatten(0, 1) @ values).view(*p.shape[:2], -1)
+        mass, mixed, top = mass * shrink + p.sum(-1, keepdim=True), mixed * shrink + part, new_top
+    return mixed / mass
+
+
+class _Dense:
+    """A preallocated dense cache, ``[B, H_kv, L, D]`` for keys and for values."""
+
+    def __init__(
+        self, shape: Shape, ctx: int, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        spec = shape.spec
+        size = (batch, spec.n_kv_heads, ctx, spec.head_dim)
+        self.q = _normal((batch, spec.n_heads, 1, spec.head_dim), dtype, device, 0)
+        self.keys, self.values = (_normal(size, dtype, device, seed) for seed in (1, 2))
+        self.group = spec.group
+
+    def step(self, backend: str) -> Callable[[], Tensor]:
+        """One step of a backend of SDPA."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        def default() -> Tensor:
+            return F.scaled_dot_product_attention(
+                self.q, self.keys, self.values, enable_gqa=self.group > 1
+            )
+
+        def flash() -> Tensor:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return default()
+
+        return flash if backend == SDPA_FLASH else default
+
+    def error(self, out: Tensor) -> float:
+        """Relative error of ``out [B, H, 1, D]`` on some rows."""
+        got, want = [], []
+        for row in _checked(len(self.q)):
+            pairs = zip(
+                self.keys[row].split(_GATE_TILE, 1),
+                self.values[row].split(_GATE_TILE, 1),
+                strict=True,
+            )
+            q = self.q[row, :, 0].double().unflatten(0, (-1, self.group))
+            want.append(
+                _attend(q, ((k.double(), v.double()) for k, v in pairs), q.shape[-1] ** -0.5)
+            )
+            got.append(out[row, :, 0].unflatten(0, (-1, self.group)))
+        return relative_error(torch.stack(got), torch.stack(want))
+
+
+class _Latents:
+    """Latents of one layer with the factors that read them; the keys have a bias."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        ctx: int,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        op_backend: str,
+    ) -> None:
+        spec, ranks = shape.spec, shape.layer_ranks
+        per_head, dim, heads = spec.n_kv_heads // len(ranks.keys), spec.head_dim, spec.n_kv_heads
+        layout = KeyLayout.side_by_side(ranks.keys)
+        if per_head > 1:
+            layout = KeyLayout(
+                tuple(r for r in ranks.keys for _ in range(per_head)),
+                tuple(s for s in layout.starts for _ in range(per_head)),
+            )
+        value_rank = sum(ranks.values)
+        key_up = _normal((heads, dim, max(layout.ranks)), dtype, device, 1)
+        for head, rank in enumerate(layout.ranks):
+            key_up[head, :, rank:] = 0
+            key_up[head] *= rank**-0.5
+        self.factors = LatentFactors(
+            layout,
+            key_up,
+            _normal((heads, dim), dtype, device, 2, 0.5),
+            _normal((heads, dim, value_rank), dtype, device, 3, value_rank**-0.5),
+        )
+        self.rope = RopeTables(spec.rope.inv_freq, spec.rope.scaling)
+        self.q = _normal((batch, spec.n_heads, 1, dim), dtype, device, 0)
+        room = slots(ctx)
+        self.x = _normal((batch, room, row_width(layout.channels)), dtype, device, 4)
+        self.z = _normal((batch, room, row_width(value_rank)), dtype, device, 5)
+        self.ctx, self.op_backend, self.group = ctx, op_backend, spec.group
+        self.scale = dim**-0.5
+        self.filled = torch.tensor([ctx], dtype=torch.int32, device=device)
+
+    def step(self, backend: str) -> Callable[[], Tensor]:
+        """One step of latent attention, or of SDPA on rebuilt keys and values."""
+        if backend == STARKV:
+            return self._latent
+        size = (self.x.shape[0], len(self.factors.layout.ranks), self.ctx, self.q.shape[-1])
+        keys, values = (torch.empty(size, dtype=self.q.dtype, device=self.q.device) for _ in "kv")
+        return lambda: self._rebuild(keys, values)
+
+    def _latent(self) -> Tensor:
+        return latent_attention(
+            self.q,
+            self.x,
+            self.z,
+            self.factors,
+            self.rope,
+            filled=self.filled,
+            scale=self.scale,
+            backend=self.op_backend,
+        )
+
+    def _rebuild(self, keys: Tensor, values: Tensor) -> Tensor:
+        cos, sin = self.rope.slots(self.ctx, self.q.device)
+        factors, value_rank = self.factors, self.factors.value_up.shape[-1]
+        for start in range(0, self.ctx, _TILE):
+            tile = slice(start, min(start + _TILE, self.ctx))
+            made = expand_heads(
+                self.x[:, tile], factors.key_index, factors.key_up, factors.key_bias
+            )
+            keys[:, :, tile] = rotate(made, cos[tile], sin[tile])
+            values[:, :, tile] = torch.einsum(
+                "blr,hdr->bhld", self.z[:, tile, :value_rank], factors.value_up
+            )
+        return F.scaled_dot_product_attention(
+            self.q, keys, values, scale=self.scale, enable_gqa=self.group > 1
+        )
+
+    def error(self, out: Tensor) -> float:
+        """Relative error of ``out [B, H, 1, D]`` on some rows."""
+        got, want = [], []
+        for row in _checked(len(self.q)):
+            q = self.q[row, :, 0].double().unflatten(0, (-1, self.group))
+            mixed = _attend(q, self._tiles(row), self.scale)
+            want.append(torch.einsum("hgr,hdr->hgd", mixed, self.factors.value_up.double()))
+            got.append(out[row, :, 0].unflatten(0, (-1, self.group)))
+        return relative_error(torch.stack(got), torch.stack(want))
+
+    def _tiles(self, row: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys of every head, rebuilt in float64, and value latents.
+
+        Head by head from its own channels, so that nothing is shared with what is tested.
+        """
+        layout, factors = self.factors.layout, self.factors
+        cos, sin = (t.double() for t in self.rope.slots(self.ctx, self.q.device))
+        for at in range(0, self.ctx, _GATE_TILE):
+            tile = slice(at, min(at + _GATE_TILE, self.ctx))
+            x = self.x[row, tile].double()
+            keys = torch.stack(
+                [
+                    x[:, start : start + rank] @ factors.key_up[head, :, :rank].double().T
+                    for head, (start, rank) in enumerate(
+                        zip(layout.starts, layout.ranks, strict=True)
+                    )
+                ]
+            )
+            if factors.key_bias is not None:
+                keys = keys + factors.key_bias[:, None].double()
+            value_rank = factors.value_up.shape[-1]
+            yield rotate(keys, cos[tile], sin[tile]), self.z[row, tile, :value_rank].double()
