@@ -1,7 +1,7 @@
 """Bytes of a cache: predicted here, measured in :mod:`starkv_core.cache`; a test holds them equal.
 
-Everything stored counts (docs/design.md section 4): latents, slots allocated ahead, layers left
-dense, sliding windows.
+Everything stored counts (docs/design.md section 4): latents, the padding of their rows, slots
+allocated ahead, layers left dense, sliding windows.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from starkv_core.errors import UserError
 from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import RankMap
+from triton_ops.latent_attention import row_width
 
 BYTES_PER_NUMBER = 2  # latents and dense layers alike are stored in 16 bits
+ROW_STEP = row_width(1)  # numbers by which a row of latents grows
 GROWTH = 256  # slots by which a cache layer grows; those not yet filled count as stored
 
 
@@ -22,13 +24,13 @@ def slots(tokens: int) -> int:
 
 
 def numbers_per_token(spec: ModelSpec, ranks: RankMap) -> int:
-    """Numbers cached per token over ALL layers."""
+    """Numbers stored per token over ALL layers, padding of rows included."""
     dense = 2 * spec.kv_width
-    return sum(dense if layer is None else layer.total for layer in ranks.layers)
+    return sum(dense if layer is None else layer.stored for layer in ranks.layers)
 
 
 def bytes_per_token(spec: ModelSpec, ranks: RankMap) -> int:
-    """Bytes cached per token over all layers, a sliding window counted as of full length."""
+    """Bytes stored per token over all layers, a sliding window counted as of full length."""
     return numbers_per_token(spec, ranks) * BYTES_PER_NUMBER
 
 
@@ -48,7 +50,7 @@ def predict_bytes(
     total = 0
     for i, layer in enumerate(ranks.layers):
         if layer is not None:
-            total += layer.total * slots(tokens)
+            total += layer.stored * slots(tokens)
         elif i in spec.windows:
             total += 2 * spec.kv_width * min(tokens, spec.windows[i] - 1)
         else:
@@ -62,9 +64,9 @@ def cache_ratio(spec: ModelSpec, ranks: RankMap) -> float:
 
 
 def paper_rate(spec: ModelSpec, ranks: RankMap) -> float:
-    """The paper's rate: share removed in the compressed layers alone."""
-    stored = [layer.total for layer in ranks.layers if layer is not None]
-    return 1.0 - sum(stored) / (len(stored) * 2 * spec.kv_width) if stored else 0.0
+    """The paper's rate: share removed in the compressed layers alone, padding not counted."""
+    latents = [layer.total for layer in ranks.layers if layer is not None]
+    return 1.0 - sum(latents) / (len(latents) * 2 * spec.kv_width) if latents else 0.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Budget:
     """A limit on stored numbers per token over the compressed layers.
 
     Attributes:
-        numbers: most numbers per token that the compressed layers may store together.
+        numbers: most numbers per token that the compressed layers may store together, padding of
+            rows included; whole row steps.
         compressed: indices of the layers that share them.
     """
 
@@ -88,7 +91,7 @@ def resolve_budget(
     fit: tuple[int, int] | None = None,
     fit_batch: int = 1,
     skip_layers: tuple[int, ...] = (),
-    blocks: int | None = None,
+    blocks: tuple[int, int] | None = None,
 ) -> Budget:
     """Turn a user's budget into numbers per token for the compressed layers.
 
@@ -97,7 +100,8 @@ def resolve_budget(
         bytes_limit: bytes per token over all layers.
         fit: ``(tokens, bytes)``: this context in this much memory, for ``fit_batch`` rows.
         skip_layers: layers to leave dense, negative ones counted from the end.
-        blocks: factorisations of a layer; None is one per key head and one for all values.
+        blocks: factorisations of a layer's keys and of its values; None is one per key head and
+            one for all values.
 
     Raises:
         UserError: the budget cannot be met, with the floor, or does not shrink anything.
@@ -140,12 +144,13 @@ def resolve_budget(
             f"budget: {asked} shrinks nothing: the dense cache takes {dense} bytes per token; "
             "lower the budget"
         )
-    floor = len(compressed) * (blocks or spec.n_kv_heads + 1)
+    floor = len(compressed) * sum(map(row_width, blocks or (spec.n_kv_heads, 1)))
     if numbers < floor:
         least = (floor + kept_dense) * BYTES_PER_NUMBER
         raise UserError(
-            f"budget: {asked} is below the floor: every factorisation keeps a rank of 1 and "
+            f"budget: {asked} is below the floor: every factorisation keeps a rank of 1, "
+            f"rows are padded to {ROW_STEP * BYTES_PER_NUMBER} bytes and "
             f"{spec.n_layers - len(compressed)} layers stay dense, which takes {least} bytes per "
             f"token (ratio {dense / least:.2f}); raise the budget"
         )
-    return Budget(numbers, compressed)
+    return Budget(numbers // ROW_STEP * ROW_STEP, compressed)

@@ -8,6 +8,7 @@ from typing import Any
 from starkv_core.artifacts import SCHEMA, check_schema
 from starkv_core.errors import UserError
 from starkv_core.models.spec import ModelSpec
+from triton_ops.latent_attention import row_width
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,13 @@ class LayerRanks:
 
     @property
     def total(self) -> int:
-        """Numbers cached per token."""
+        """Latents per token, without the padding of rows: nominal."""
         return sum(self.keys) + sum(self.values)
+
+    @property
+    def stored(self) -> int:
+        """Numbers stored per token: a row of keys and one of values, padding included."""
+        return row_width(sum(self.keys)) + row_width(sum(self.values))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,11 @@
-"""Ranks under a budget: water-filling at the start, the exact budget after learning.
+"""Ranks under a budget: the best components, in rows that are full (docs/design.md section 4).
 
-With 16-bit latents every rank of every block costs the same two bytes a token, so under a byte
-budget the best ranks are the best components, whatever their layer (docs/design.md section 5).
+At 16 bits every component costs the same two bytes a token, so under a byte budget the best ranks
+are the best components, whatever their layer. But rows begin on 16 bytes and padding counts: the
+keys of a layer, and its values, take whole row steps of 8 numbers. So the budget is handed out in
+steps, and what is in a step is free: no row has room left while components are left to fill it.
+
+A *group* is what shares a row: the blocks of a layer's keys, or those of its values.
 """
 
 from __future__ import annotations
@@ -9,6 +13,55 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
+from starkv_core.budget import ROW_STEP
+from triton_ops.latent_attention import row_width
+
+
+def best_ranks(groups: Sequence[Sequence[torch.Tensor]], numbers: int) -> list[list[int]]:
+    """Ranks of the most worth under a budget on stored numbers, at least one in every block.
+
+    The worth of a row step is the sum over its components of how far their scores lie above the
+    lowest score of all, so that a last step of fewer than 8 components is not worth more for it.
+
+    Args:
+        groups: for each group its blocks, for each block its components' scores, finite and in
+            descending order.
+        numbers: most numbers a token to store in all, padding included; not below the floor of
+            :func:`starkv_core.budget.resolve_budget`.
+
+    Returns:
+        Ranks for each group. The rows they take are never above ``numbers``, and less than a row
+        step below it unless everything is kept.
+    """
+    lowest = min(float(scores.min()) for blocks in groups for scores in blocks)
+    worths = []
+    for blocks in groups:
+        spare = torch.cat([scores[1:].double().cpu() for scores in blocks]) - lowest
+        spare = spare.sort(descending=True).values[row_width(len(blocks)) - len(blocks) :]
+        worths.append([float(step.sum()) for step in spare.split(ROW_STEP) if len(step)])
+    sizes = [[len(scores) for scores in blocks] for blocks in groups]
+    totals = _totals(sizes, worths, numbers)
+    return [take_best(blocks, total) for blocks, total in zip(groups, totals, strict=True)]
+
+
+def uniform_ranks(sizes: Sequence[Sequence[int]], numbers: int) -> list[list[int]]:
+    """Shares of every group's full rank that are as even as row steps allow; so within groups.
+
+    Args:
+        sizes: for each group the full rank of each block.
+        numbers: as of :func:`best_ranks`.
+
+    Returns:
+        Ranks for each group, as of :func:`best_ranks`.
+    """
+    worths = []
+    for blocks in sizes:
+        first, full = row_width(len(blocks)), sum(blocks)
+        # The share that a group has after a step: the lowest is served first.
+        worths.append([-(n + ROW_STEP) / full for n in range(first, full, ROW_STEP)])
+    totals = _totals(sizes, worths, numbers)
+    return [_even(blocks, total) for blocks, total in zip(sizes, totals, strict=True)]
 
 
 def take_best(scores: Sequence[torch.Tensor], numbers: int) -> list[int]:
@@ -34,22 +87,42 @@ def take_best(scores: Sequence[torch.Tensor], numbers: int) -> list[int]:
     return ranks
 
 
-def uniform_ranks(sizes: Sequence[int], numbers: int) -> list[int]:
+def _totals(
+    sizes: Sequence[Sequence[int]], worths: Sequence[Sequence[float]], numbers: int
+) -> list[int]:
+    """How many components each group keeps: its first row, then the steps worth most.
+
+    Args:
+        sizes: for each group the full rank of each block.
+        worths: for each group the worth of its steps after the first row, in descending order.
+        numbers: most numbers to store in all.
+    """
+    first = [row_width(len(blocks)) for blocks in sizes]
+    steps = (numbers - sum(first)) // ROW_STEP
+    # For `take_best` a group's first row is the one component that every block keeps.
+    scores = [torch.tensor([0.0, *worth], dtype=torch.float64) for worth in worths]
+    taken = take_best(scores, len(sizes) + steps)
+    return [
+        min(start + ROW_STEP * (count - 1), sum(blocks))
+        for start, count, blocks in zip(first, taken, sizes, strict=True)
+    ]
+
+
+def _even(sizes: Sequence[int], total: int) -> list[int]:
     """The same share of every block's full rank, remainders to the blocks that lost most.
 
     Args:
         sizes: full rank of each block.
-        numbers: how many components to keep in all.
+        total: how many components to keep in all, from one a block to all there are.
     """
-    share = min(1.0, numbers / sum(sizes))
-    exact = [share * size for size in sizes]
+    exact = [total * size / sum(sizes) for size in sizes]
     ranks = [max(1, int(e)) for e in exact]
     order = sorted(range(len(sizes)), key=lambda i: ranks[i] - exact[i])
     for i in order:
-        if sum(ranks) >= numbers:
+        if sum(ranks) >= total:
             break
         ranks[i] = min(ranks[i] + 1, sizes[i])
-    while sum(ranks) > numbers:
+    while sum(ranks) > total:
         # Only where the floor of one rank a block pushed the sum over.
         largest = max(range(len(ranks)), key=lambda i: ranks[i])
         ranks[largest] -= 1

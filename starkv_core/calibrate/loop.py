@@ -1,10 +1,10 @@
 """The calibration: ranks under the budget, the exact budget, recovery (docs/design.md section 2).
 
-1. Ranks: factors and thresholds train together. ``star`` holds the stored bytes to a falling limit
+1. Ranks: factors and thresholds train together. ``star`` holds the soft ranks to a falling limit
    by shifting all thresholds by the multiplier that meets it; ``paper`` adds
    ``gamma * sum exp(-alpha)``.
-2. Exact budget: of all components the ones furthest above their thresholds stay, as many as the
-   budget allows, never more.
+2. Exact budget: the components furthest above their thresholds stay, in rows that are full, as many
+   as the budget allows, never more.
 3. Recovery: thresholds are frozen and the factors train on by distillation alone.
 """
 
@@ -40,7 +40,7 @@ from starkv_core.budget import (
     paper_rate,
     resolve_budget,
 )
-from starkv_core.calibrate.allocation import take_best
+from starkv_core.calibrate.allocation import best_ranks
 from starkv_core.calibrate.distill import distillation_loss
 from starkv_core.calibrate.start import build_start, gate_settings, group_sizes
 from starkv_core.calibrate.state import load_start, load_state, save_start, save_state
@@ -171,7 +171,7 @@ def budget_for(recipe: Recipe, spec: ModelSpec) -> Budget:
         fit=None if b.fit is None else (b.fit_tokens, b.fit_bytes),
         fit_batch=b.batch,
         skip_layers=recipe.start.skip_layers,
-        blocks=spec.n_kv_heads // key_group + spec.n_kv_heads // value_group,
+        blocks=(spec.n_kv_heads // key_group, spec.n_kv_heads // value_group),
     )
 
 
@@ -475,16 +475,9 @@ class _Calibration:
         for f in found:
             f.alpha.add_(self.shift)
         self.shift = 0.0
-        scores = [level for f in found for level in f.levels(settings)]
-        ranks = iter(take_best(scores, self.budget.numbers))
+        ranks = iter(best_ranks([f.levels(settings) for f in found], self.budget.numbers))
         for layer in self.student.by_layer().values():
-            layer.set_ranks(
-                LayerRanks(
-                    tuple(next(ranks) for _ in range(layer.keys.blocks)),
-                    tuple(next(ranks) for _ in range(layer.values.blocks)),
-                ),
-                settings,
-            )
+            layer.set_ranks(LayerRanks(tuple(next(ranks)), tuple(next(ranks))), settings)
         self.frozen = True
         for alpha in self.alphas():
             alpha.requires_grad_(False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from starkv_core.budget import Budget
-from starkv_core.calibrate.allocation import take_best, uniform_ranks
+from starkv_core.calibrate.allocation import best_ranks, uniform_ranks
 from starkv_core.calibrate.distill import distillation_loss
 from starkv_core.decompose import (
     Decomposition,
@@ -231,23 +231,18 @@ def start_ranks(
     cause at the ranks of the round before.
     """
     groups = [blocks for s in starts.values() for blocks in (s.keys, s.values)]
-    sizes = [len(d.sigma) for blocks in groups for d in blocks]
-
-    def split(flat: list[int]) -> list[list[int]]:
-        it = iter(flat)
-        return [[next(it) for _ in blocks] for blocks in groups]
 
     def filled(weights: list[float]) -> list[list[int]]:
         scores = [
-            d.sigma.double().square() * w
+            [d.sigma.double().square() * w for d in blocks]
             for blocks, w in zip(groups, weights, strict=True)
-            for d in blocks
         ]
-        return split(take_best(scores, budget.numbers))
+        return best_ranks(scores, budget.numbers)
 
     kind = recipe.start.allocation
     if kind == "uniform":
-        ranks = split(uniform_ranks(sizes, budget.numbers))
+        sizes = [[len(d.sigma) for d in blocks] for blocks in groups]
+        ranks = uniform_ranks(sizes, budget.numbers)
     elif kind == "common":
         ranks = filled([1.0] * len(groups))
     else:
