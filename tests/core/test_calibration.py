@@ -22,6 +22,7 @@ from starkv_core.calibrate import export_run, plan, run_calibration
 from starkv_core.calibrate.loop import (
     CalibrationResult,
     _Calibration,
+    _schedule,
     budget_for,
     calibration_tokens,
     deployed_kl,
@@ -320,6 +321,35 @@ def test_deployed_kl_is_the_full_one(make: Any, tmp_path: Path) -> None:
     assert result.kl == pytest.approx(sum(found) / 4, rel=1e-4)
     assert deployed_kl(subject, rows) == pytest.approx(result.kl, rel=1e-6)
     assert result.kl > 0.0
+
+
+def test_pieces_of_a_batch_add_up(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that goes through the model in uneven pieces is one batch: loss and gradients."""
+    found = []
+    for name, tokens in (("whole", 4096), ("pieces", 2 * LENGTH)):
+        monkeypatch.setattr("starkv_core.calibrate.loop._MICRO_TOKENS", tokens)
+        made = prepared(make(batch=3, optim={"grad_clip": 1e9}), tmp_path / name)
+        seen: list[torch.Tensor] = []
+        monkeypatch.setattr(
+            made.optimizer,
+            "step",
+            lambda made=made, seen=seen: seen.extend(p.grad for p in made.student.parameters()),
+        )
+        found.append((made.step(0), seen))
+    (loss, whole), (summed, pieces) = found
+    assert summed == pytest.approx(loss, rel=1e-5)
+    for a, b in zip(whole, pieces, strict=True):
+        assert float((a - b).norm()) <= 1e-4 * float(a.norm()) + 1e-9
+
+
+def test_learning_rate_over_the_steps() -> None:
+    """Linear over the warm-up, then half a cosine to zero."""
+    found = [_schedule(step, 100, 0.05) for step in range(100)]
+    assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert found[5] == 1.0 and found[52] == pytest.approx(0.5, abs=0.01)
+    assert found[5:] == sorted(found[5:], reverse=True) and 0.0 < found[-1] < 1e-3
 
 
 def test_a_loss_that_is_not_finite_fails_the_run(
