@@ -79,6 +79,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "before the first state": lambda: before_call(loop._Calibration, "step", 3),
     "right after a state": lambda: before_call(loop._Calibration, "step", 4),
     "between states": lambda: before_call(loop._Calibration, "step", 6),
+    "in recovery": lambda: before_call(loop._Calibration, "step", 8),
     "writing a state": lambda: while_writing("state.safetensors", 2),
     "metrics": lambda: in_the_middle_of_a_line(5),
     "writing the factors": lambda: while_writing("factors.new.safetensors", 1),
