@@ -45,12 +45,13 @@ def latent_attention(
         mask: bool ``[B, 1, Q, S']``, True where a token may attend, on top of the above; S' is at
             least ``filled``.
         backend: ``reference`` or ``triton`` (see :func:`triton_ops.backends.choose_backend`).
+            Triton takes S in multiples of 256, rows without gaps, latents and factors of one dtype.
 
     Returns:
         ``[B, H, Q, D]`` in the dtype of q; zeros for tokens that may attend to nothing.
 
     Raises:
-        ValueError: shapes that do not fit, with all of them listed.
+        ValueError: shapes, dtypes or strides that do not fit, with all of them listed.
     """
     batch, heads, n_query, dim = q.shape
     kv_heads = len(factors.layout.ranks)
@@ -73,14 +74,18 @@ def latent_attention(
     ]
     if heads % kv_heads:
         wrong.append(f"{heads} query heads do not divide among {kv_heads} key heads")
-    if backend == "triton" and (room % SLOTS or key_latents.stride(1) % 8):
-        wrong.append(f"{room} slots: the triton backend takes whole blocks of {SLOTS}")
+    if mask is not None and mask.dtype != torch.bool:
+        wrong.append(f"mask {mask.dtype}, expected torch.bool")
+    if backend == "triton":
+        wrong += _kernel_faults(key_latents, value_latents, factors)
     if wrong:
         raise ValueError("latent_attention: " + "; ".join(wrong))
     if backend == "triton":
         # Imported here: where Triton is missing the reference still runs.
         from triton_ops.latent_attention.launch import Tuning, latent_attention_triton
 
+        if mask is not None:
+            mask = mask[:, 0] if mask.stride(-1) == 1 else mask[:, 0].contiguous()
         if first is None:
             first = torch.zeros(batch, dtype=torch.int32, device=q.device)
         return latent_attention_triton(
@@ -91,7 +96,7 @@ def latent_attention(
             rope,
             filled,
             first,
-            None if mask is None else mask[:, 0],
+            mask,
             scale,
             Tuning(),
         )
@@ -118,3 +123,26 @@ def latent_attention(
         scale,
         REFERENCE_TILE,
     ).to(q.dtype)
+
+
+def _kernel_faults(
+    key_latents: torch.Tensor, value_latents: torch.Tensor, factors: LatentFactors
+) -> list[str]:
+    """What the kernels cannot read, beyond wrong shapes."""
+    wrong = []
+    room, dtype = key_latents.shape[1], key_latents.dtype
+    if room % SLOTS:
+        wrong.append(f"{room} slots, the triton backend takes a multiple of {SLOTS}")
+    for name, rows in (("key_latents", key_latents), ("value_latents", value_latents)):
+        if rows.stride()[1:] != (rows.shape[2], 1):
+            wrong.append(f"{name} has rows {rows.stride(1)} apart, expected {rows.shape[2]}")
+    others = {
+        "value_latents": value_latents,
+        "key_up": factors.key_up,
+        "key_bias": factors.key_bias,
+        "value_up": factors.value_up,
+    }
+    for name, other in others.items():
+        if other is not None and other.dtype != dtype:
+            wrong.append(f"{name} {other.dtype}, expected {dtype} as key_latents")
+    return wrong
