@@ -70,6 +70,8 @@ def calibrate(
     settings = list(overrides or [])
     moved = model if resume and recipe is None else None
     if model is not None and moved is None:
+        # Opened from another folder, a relative path would be taken for a hub id.
+        model = str(Path(model).resolve()) if Path(model).is_dir() else model
         settings.append(f"model.name={json.dumps(model)}")
     if recipe is None:
         if not resume or out is None:

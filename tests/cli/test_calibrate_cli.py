@@ -189,3 +189,12 @@ def test_export_goes_alone(calls: Calls, capsys: pytest.CaptureFixture[str]) -> 
     assert run("--export", "a", "--json") == 0
     assert (calls.kind, calls.folder) == ("export", Path("a"))
     assert json.loads(capsys.readouterr().out)["ratio"] == 2.0
+
+
+def test_a_model_folder_is_remembered_wherever_one_stands(calls: Calls, tmp_path: Path) -> None:
+    """From another folder its relative name would be asked of the hub."""
+    (tmp_path / "mine").mkdir()
+    for given, wanted in (("mine", str(tmp_path / "mine")), ("owner/model", "owner/model")):
+        with pytest.raises(SystemExit):
+            main(["calibrate", "--recipe", "tiny", "--model", given, "--dry-run"])
+        assert calls.recipe is not None and calls.recipe.model.name == wanted
