@@ -61,7 +61,7 @@ def oracle_subject(grid: RetrievalGrid, wrong: set[tuple[int, int, int]]) -> Sta
             for k, prompt in enumerate(cell):
                 answer = list(prompt.answer_ids)
                 if (i, j, k) in wrong:
-                    answer[-1] = answer[-1] + 1  # the last digit alone
+                    answer[0 if k == 0 else -1] += 1  # the first token alone, or the last
                 answers[tuple(prompt.input_ids)] = answer
     return StandinSubject(Oracle(tokenizer, answers), tokenizer)
 
