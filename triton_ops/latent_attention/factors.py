@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from triton_ops.latent_attention.layout import ALIGN, WINDOW, KeyLayout, power, row_width
+from triton_ops.latent_attention.layout import KeyLayout, row_width
 
 
 @dataclass(frozen=True)
@@ -16,18 +16,20 @@ class Band:
     """What scores without rebuilt keys need (docs/kernels.md).
 
     Attributes:
-        windows: int32 ``[windows, 3]`` of :attr:`KeyLayout.windows`.
-        heads: int32 ``[H, 3]``: first channel, rank, channels to write.
-        pick: ``[row, 16]``, 1 where a channel belongs to a column of its window.
+        pieces: int32 ``[pieces, 5]`` of :meth:`KeyLayout.pieces`.
+        owner: int32 ``[R]``, the head of each channel.
+        segments: int32 ``[H, 2]``: first segment of each head, and how many it has.
         rows: ``[R, D]``, the columns of every head's U as rows.
-        width: side of a tile that holds the widest head.
+        total: segments of all heads.
+        most: segments of the head that has most.
     """
 
-    windows: torch.Tensor
-    heads: torch.Tensor
-    pick: torch.Tensor
+    pieces: torch.Tensor
+    owner: torch.Tensor
+    segments: torch.Tensor
     rows: torch.Tensor
-    width: int
+    total: int
+    most: int
 
 
 @dataclass(frozen=True)
@@ -84,20 +86,26 @@ class LatentFactors:
     @torch.inference_mode(False)
     def band(self) -> Band | None:
         """For scores without rebuilt keys; None when heads share channels."""
-        windows = self.layout.windows
-        if windows is None:
+        pieces = self.layout.pieces()
+        if pieces is None:
             return None
         ranks, device = self.layout.ranks, self.key_up.device
-        channels = self.layout.channels
-        wrote = [*ranks[:-1], ranks[-1] + row_width(channels) - channels]  # the padding becomes 0
-        owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
-        pick = torch.zeros(row_width(channels), WINDOW)
-        pick[torch.arange(channels), owner % WINDOW] = 1
-        heads = list(zip(self.layout.starts, ranks, wrote, strict=True))
+        owner = [h for h, r in enumerate(ranks) for _ in range(r)]
+        firsts: dict[int, int] = {}
+        counts = [0] * len(ranks)
+        for piece in pieces:
+            for head in range(piece.head, owner[piece.end - 1] + 1):
+                firsts.setdefault(head, piece.segment + head - piece.head)
+                counts[head] += 1
+
+        def table(rows: object) -> torch.Tensor:
+            return torch.tensor(rows, dtype=torch.int32, device=device)
+
         return Band(
-            windows=torch.tensor(windows, dtype=torch.int32, device=device),
-            heads=torch.tensor(heads, dtype=torch.int32, device=device),
-            pick=pick.to(self.key_up),
+            pieces=table(pieces),
+            owner=table(owner),
+            segments=table([[firsts[h], counts[h]] for h in range(len(ranks))]),
             rows=torch.cat([self.key_up[h, :, :r].T for h, r in enumerate(ranks)]).contiguous(),
-            width=power(max(ranks) + ALIGN - 1),
+            total=sum(counts),
+            most=max(counts),
         )

@@ -1,6 +1,7 @@
 """Triton kernels of latent attention; :mod:`.launch` calls them, docs/kernels.md explains them.
 
-Scores are made a tile of tokens at a time. Each tile leaves ``p = exp2(score - top)`` in fp16,
+Scores are made a tile of tokens at a time, by :func:`band_scores` and :func:`band_softmax` or by
+:func:`rebuilt_scores`. Each tile leaves ``p = exp2(score - top)`` in fp16,
 ``top`` and ``mass = sum p`` per query; :func:`tile_weights` turns the tops into weights of tiles,
 :func:`mix_values` sums ``weight * p * z`` over splits of the sequence, :func:`sum_splits` adds the
 splits up and :func:`expand_values` applies U. Offsets that grow with the context are 64-bit. A
@@ -19,185 +20,176 @@ def _largest(x):
 
 
 @triton.jit
-def absorb_queries(
-    q_ptr,  # [B, H, D], turned for its own slot
-    up_ptr,  # [R, D], row c the column of U of channel c
-    bias_ptr,  # [H, D] if BIAS
-    head_ptr,  # [H, 3]: first channel, channels, channels to write (padding of the row included)
-    ab_ptr,  # [B, 2, HALF_P, x_row], A and B in units of the head's largest
-    ab_bias_ptr,  # [B, H, 2, HALF_P] if BIAS
-    unit_ptr,  # [B, H]
-    x_row_8,
-    heads,
-    HALF: tl.constexpr,
-    HALF_P: tl.constexpr,
-    K: tl.constexpr,
-    BIAS: tl.constexpr,
-):
-    """``A = q0 U0 + q1 U1``, ``B = q1 U0 - q0 U1`` of one head (docs/design.md section 6)."""
-    x_row = x_row_8 * 8
-    head = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    start = tl.load(head_ptr + head * 3)
-    rank = tl.load(head_ptr + head * 3 + 1)
-    wrote = tl.load(head_ptr + head * 3 + 2)
-    freq = tl.arange(0, HALF_P)
-    real = freq < HALF
-    lane = tl.arange(0, K)
-    q_at = q_ptr + (row * heads + head) * (2 * HALF) + freq
-    q0 = tl.load(q_at, mask=real, other=0.0).to(tl.float32)[:, None]
-    q1 = tl.load(q_at + HALF, mask=real, other=0.0).to(tl.float32)[:, None]
-    u_at = up_ptr + (start + lane)[None, :] * (2 * HALF) + freq[:, None]
-    both = real[:, None] & (lane < rank)[None, :]
-    u0 = tl.load(u_at, mask=both, other=0.0).to(tl.float32)
-    u1 = tl.load(u_at + HALF, mask=both, other=0.0).to(tl.float32)
-    a = q0 * u0 + q1 * u1
-    b = q1 * u0 - q0 * u1
-    unit = tl.maximum(tl.maximum(_largest(a), _largest(b)), 1e-20)
-    if BIAS:
-        b_at = bias_ptr + head * (2 * HALF) + freq
-        b0 = tl.load(b_at, mask=real, other=0.0).to(tl.float32)[:, None]
-        b1 = tl.load(b_at + HALF, mask=real, other=0.0).to(tl.float32)[:, None]
-        a_bias = q0 * b0 + q1 * b1
-        b_bias = q1 * b0 - q0 * b1
-        unit = tl.maximum(unit, tl.maximum(_largest(a_bias), _largest(b_bias)))
-        at = ab_bias_ptr + (row * heads + head) * 2 * HALF_P + freq[:, None]
-        tl.store(at, (a_bias / unit).to(tl.float16))
-        tl.store(at + HALF_P, (b_bias / unit).to(tl.float16))
-    at = ab_ptr + (row * 2 * HALF_P + freq[:, None]) * x_row + (start + lane)[None, :]
-    tl.store(at, (a / unit).to(tl.float16), mask=(lane < wrote)[None, :])
-    tl.store(at + HALF_P * x_row, (b / unit).to(tl.float16), mask=(lane < wrote)[None, :])
-    tl.store(unit_ptr + row * heads + head, unit)
-
-
-@triton.jit
 def band_scores(
+    q_ptr,  # [B, H, D], turned for its own slot
     x_ptr,  # [B, S, x_row], latents of all key heads; padding within a row is finite
-    ab_ptr,  # [B, 2, HALF_P, x_row] of absorb_queries
-    ab_bias_ptr,  # [B, H, 2, HALF_P] if BIAS
-    unit_ptr,  # [B, H]
-    pick_ptr,  # [x_row, COLS], 1 where a channel belongs to a window's column
+    up_ptr,  # [R, D], row c the column of U of channel c
+    owner_ptr,  # [R], head of each channel
+    piece_ptr,  # [pieces, 5]: channel to load from, first, end, first head, first segment
     cos_ptr,  # [T / 2, HALF_P] of j + 1/2, fp16
     sin_ptr,
     cos_mid_ptr,  # [tiles, HALF_P] of the tiles' centres, times RoPE's factor, fp16
     sin_mid_ptr,
     filled_ptr,  # [1] slots filled
-    first_ptr,  # [B] first slot of each row
-    mask_ptr,  # [B, slots] if MASK
-    window_ptr,  # [windows, 3]: first channel (a multiple of 8), end, heads
-    p_ptr,  # [B, H, p_room]
-    top_ptr,  # [B, H, tiles]
-    mass_ptr,
+    scores_ptr,  # [B, segments, p_room], float32
     scale,  # of scores, times log2(e)
     x_batch,
     x_row_8,  # row stride over 8: rows begin on 16 bytes
-    mask_batch,
     p_room,
-    n_tiles,
+    segments,
     per_program,
     heads,
+    HALF: tl.constexpr,
     HALF_P: tl.constexpr,
     T: tl.constexpr,
     N: tl.constexpr,
     COLS: tl.constexpr,
-    BIAS: tl.constexpr,
-    MASK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Scores of one query token, one query head per key head; keys are not rebuilt.
+    """Scores of one query token, one query head per key head, without rebuilt keys or key bias.
 
     With slot ``t = c + j``, ``z_t = sum_i cos(j th_i) A'_i + sin(j th_i) B'_i`` where A', B' are
-    A, B turned by the tile's centre c. Slots ``c + j`` and ``c - j`` share the even and the odd
-    sum, which halves the work. A window is COLS heads; its channels come N at a time.
+    A, B of docs/design.md section 6 turned by the tile's centre c. Slots ``c + j`` and ``c - j``
+    share the even and the odd sum, which halves the work. A program has one piece of at most N
+    channels and COLS heads; a head cut in two leaves a segment in each of its pieces.
     """
     x_row = x_row_8 * 8
-    window = tl.program_id(0)
+    piece = piece_ptr + tl.program_id(0) * 5
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
-    start = tl.multiple_of(tl.load(window_ptr + window * 3), 8)
-    end = tl.load(window_ptr + window * 3 + 1)
-    count = tl.load(window_ptr + window * 3 + 2)
+    start = tl.multiple_of(tl.load(piece), 8)
+    begin = tl.load(piece + 1)
+    end = tl.load(piece + 2)
+    head = tl.load(piece + 3)
+    segment = tl.load(piece + 4)
     filled = tl.load(filled_ptr)
-    first = tl.load(first_ptr + row)
-    freq = tl.arange(0, HALF_P)
     lane = tl.arange(0, N)
-    col = tl.arange(0, COLS)
-    cols = window * COLS + col
-    live = col < count
-    j = tl.arange(0, T // 2)
-    cos_at = cos_ptr + j[:, None] * HALF_P + freq[None, :]
-    sin_at = sin_ptr + j[:, None] * HALF_P + freq[None, :]
-    cos = tl.load(cos_at)
-    sin = tl.load(sin_at)
-    unit = tl.load(unit_ptr + row * heads + cols, mask=live, other=0.0) * scale
+    channel = start + lane
+    mine = (channel >= begin) & (channel < end)
+    owner = tl.load(owner_ptr + channel, mask=mine, other=0)
+    count = tl.load(owner_ptr + end - 1) - head + 1
+    freq = tl.arange(0, HALF_P)
+    both = (freq < HALF)[:, None] & mine[None, :]
+    u_at = up_ptr + channel[None, :] * (2 * HALF) + freq[:, None]
+    q_at = q_ptr + row * heads * (2 * HALF) + owner[None, :] * (2 * HALF) + freq[:, None]
+    u0 = tl.load(u_at, mask=both, other=0.0).to(tl.float32)
+    u1 = tl.load(u_at + HALF, mask=both, other=0.0).to(tl.float32)
+    q0 = tl.load(q_at, mask=both, other=0.0).to(tl.float32)
+    q1 = tl.load(q_at + HALF, mask=both, other=0.0).to(tl.float32)
+    a = q0 * u0 + q1 * u1
+    b = q1 * u0 - q0 * u1
+    # In units of the largest, so that fp16 holds them whatever the query's size.
+    unit = tl.maximum(tl.maximum(_largest(a), _largest(b)), 1e-20)
+    a = (a / unit).to(tl.float16)
+    b = (b / unit).to(tl.float16)
+
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    ab_base = ab_ptr + row * 2 * HALF_P * x_row
-    ab_lane = freq[:, None] * x_row + lane[None, :]
-    pick_lane = lane[:, None] * COLS + col[None, :]
-    bias_base = ab_bias_ptr + (row * heads + window * COLS) * 2 * HALF_P
-    bias_lane = tl.minimum(col, count - 1)[:, None] * 2 * HALF_P + freq[None, :]
-    p_base = p_ptr + (row * heads + cols).to(tl.int64)[None, :] * p_room
-    top_base = top_ptr + (row * heads + cols) * n_tiles
-    mass_base = mass_ptr + (row * heads + cols) * n_tiles
+    col = tl.arange(0, COLS)
+    pick = ((owner[:, None] - head == col[None, :]) & mine[:, None]).to(dtype)
+    j = tl.arange(0, T // 2)
+    cos = tl.load(cos_ptr + j[:, None] * HALF_P + freq[None, :])
+    sin = tl.load(sin_ptr + j[:, None] * HALF_P + freq[None, :])
+    stored = (channel < x_row)[None, :]  # groups of 8, so that loads stay 16 bytes wide
+    x_base = x_ptr + row * x_batch + start
     x_after_lane = (T // 2 + j)[:, None] * x_row + lane[None, :]
     x_before_lane = (T // 2 - 1 - j)[:, None] * x_row + lane[None, :]
-
-    chunks = tl.cdiv(end - start, N)
-    begin = split * per_program
-    tiles = tl.minimum(tl.cdiv(filled, T), begin + per_program) - begin
-    s_after = tl.zeros([T // 2, COLS], tl.float32)
-    s_before = tl.zeros([T // 2, COLS], tl.float32)
-    for step in tl.range(0, tiles * chunks, num_stages=STAGES):
-        tile = begin + step // chunks
-        chunk = step % chunks
-        offset = tl.multiple_of(start + chunk * N, 8)
-        stored = (offset + lane < x_row)[None, :]  # groups of 8: loads stay 16 bytes wide
-        x_at = x_ptr + row * x_batch + (tile * T).to(tl.int64) * x_row + offset
+    s_base = scores_ptr + (row * segments + segment) * p_room
+    s_after_lane = col[None, :] * p_room + (T // 2 + j)[:, None]
+    s_before_lane = col[None, :] * p_room + (T // 2 - 1 - j)[:, None]
+    live = (col < count)[None, :]
+    low = (split * per_program).to(tl.int64)
+    tiles = tl.minimum(tl.cdiv(filled, T), low + per_program) - low
+    for step in tl.range(0, tiles, num_stages=STAGES):
+        tile = low + step
+        x_at = x_base + tile * T * x_row
         x_after = tl.load(x_at + x_after_lane, mask=stored, other=0.0)
         x_before = tl.load(x_at + x_before_lane, mask=stored, other=0.0)
-        a = tl.load(ab_base + offset + ab_lane, mask=stored, other=0.0)
-        b = tl.load(ab_base + HALF_P * x_row + offset + ab_lane, mask=stored, other=0.0)
-        pick = tl.load(
-            pick_ptr + offset * COLS + pick_lane, mask=(offset + lane < end)[:, None], other=0.0
-        )
         cos_mid = tl.load(cos_mid_ptr + tile * HALF_P + freq)[:, None]
         sin_mid = tl.load(sin_mid_ptr + tile * HALF_P + freq)[:, None]
         even = tl.dot(cos, a * cos_mid + b * sin_mid)
         odd = tl.dot(sin, b * cos_mid - a * sin_mid)
-        s_after = tl.dot(x_after * (even + odd).to(dtype), pick, s_after)
-        s_before = tl.dot(x_before * (even - odd).to(dtype), pick, s_before)
-        if chunk == chunks - 1:
-            after = tile * T + T // 2 + j
-            before = tile * T + T // 2 - 1 - j
-            see_after = (after < filled) & (after >= first)
-            see_before = (before < filled) & (before >= first)
-            if MASK:
-                m_at = mask_ptr + row * mask_batch
-                see_after &= tl.load(m_at + after, mask=after < filled, other=0) != 0
-                see_before &= tl.load(m_at + before, mask=before < filled, other=0) != 0
-            if BIAS:
-                # Columns first: a product of 16 rows waits for itself, an asynchronous one must not
-                # stand in a branch.
-                a_bias = tl.load(bias_base + bias_lane)
-                b_bias = tl.load(bias_base + HALF_P + bias_lane)
-                cos_c = tl.load(cos_mid_ptr + tile * HALF_P + freq)[None, :]
-                sin_c = tl.load(sin_mid_ptr + tile * HALF_P + freq)[None, :]
-                even_bias = tl.dot(a_bias * cos_c + b_bias * sin_c, tl.trans(tl.load(cos_at)))
-                odd_bias = tl.dot(b_bias * cos_c - a_bias * sin_c, tl.trans(tl.load(sin_at)))
-                s_after += tl.trans(even_bias + odd_bias)
-                s_before += tl.trans(even_bias - odd_bias)
-            s_after = tl.where(see_after[:, None], s_after * unit[None, :], float("-inf"))
-            s_before = tl.where(see_before[:, None], s_before * unit[None, :], float("-inf"))
-            top = tl.max(tl.maximum(s_after, s_before), 0)
-            base = tl.where(top == float("-inf"), 0.0, top)
-            p_after = tl.exp2(s_after - base[None, :])
-            p_before = tl.exp2(s_before - base[None, :])
-            tl.store(p_base + after[:, None], p_after.to(tl.float16), mask=live[None, :])
-            tl.store(p_base + before[:, None], p_before.to(tl.float16), mask=live[None, :])
-            tl.store(top_base + tile, top, mask=live)
-            tl.store(mass_base + tile, tl.sum(p_after + p_before, 0), mask=live)
-            s_after = tl.zeros([T // 2, COLS], tl.float32)
-            s_before = tl.zeros([T // 2, COLS], tl.float32)
+        s_after = tl.dot(x_after * (even + odd).to(dtype), pick)
+        s_before = tl.dot(x_before * (even - odd).to(dtype), pick)
+        s_at = s_base + tile * T
+        tl.store(s_at + s_after_lane, s_after * (scale * unit), mask=live)
+        tl.store(s_at + s_before_lane, s_before * (scale * unit), mask=live)
+
+
+@triton.jit
+def band_softmax(
+    q_ptr,  # [B, H, D], turned for its own slot
+    bias_ptr,  # [H, D] if BIAS
+    segment_ptr,  # [H, 2]: first segment, segments
+    scores_ptr,  # [B, segments, p_room], float32
+    cos_ptr,  # [T, HALF_P] of j, fp16
+    sin_ptr,
+    cos_mid_ptr,  # [tiles, HALF_P] of the tiles' first slots, times RoPE's factor, float32
+    sin_mid_ptr,
+    filled_ptr,
+    first_ptr,  # [B] first slot of each row
+    mask_ptr,  # [B, slots] if MASK
+    p_ptr,  # [B, H, p_room]
+    top_ptr,  # [B, H, tiles]
+    mass_ptr,
+    scale,
+    mask_batch,
+    p_room,
+    n_tiles,
+    segments,
+    heads,
+    HALF: tl.constexpr,
+    HALF_P: tl.constexpr,
+    T: tl.constexpr,
+    COLS: tl.constexpr,
+    MOST: tl.constexpr,  # segments of a head
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """Adds up a tile's segments and the key bias's scores; leaves p, top and mass."""
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    tile = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    filled = tl.load(filled_ptr)
+    if tile * T < filled:
+        live = cols < heads
+        slots = tile * T + tl.arange(0, T)
+        seen = (slots < filled) & (slots >= tl.load(first_ptr + row))
+        if MASK:
+            seen &= tl.load(mask_ptr + row * mask_batch + slots, mask=seen, other=0) != 0
+        own = tl.load(segment_ptr + cols * 2, mask=live, other=0)
+        many = tl.load(segment_ptr + cols * 2 + 1, mask=live, other=0)
+        scores = tl.zeros([COLS, T], tl.float32)
+        for piece in tl.static_range(MOST):
+            at = scores_ptr + (row * segments + own + piece)[:, None] * p_room + slots[None, :]
+            scores += tl.load(at, mask=(piece < many)[:, None] & seen[None, :], other=0.0)
+        if BIAS:
+            freq = tl.arange(0, HALF_P)
+            held = live[:, None] & (freq < HALF)[None, :]
+            b_at = bias_ptr + cols[:, None] * (2 * HALF) + freq[None, :]
+            q_at = q_ptr + (row * heads + cols)[:, None] * (2 * HALF) + freq[None, :]
+            b0 = tl.load(b_at, mask=held, other=0.0).to(tl.float32)
+            b1 = tl.load(b_at + HALF, mask=held, other=0.0).to(tl.float32)
+            q0 = tl.load(q_at, mask=held, other=0.0).to(tl.float32)
+            q1 = tl.load(q_at + HALF, mask=held, other=0.0).to(tl.float32)
+            a = q0 * b0 + q1 * b1
+            b = q1 * b0 - q0 * b1
+            unit = tl.maximum(tl.maximum(_largest(a), _largest(b)), 1e-20)
+            cos_mid = tl.load(cos_mid_ptr + tile * HALF_P + freq)[None, :] / unit
+            sin_mid = tl.load(sin_mid_ptr + tile * HALF_P + freq)[None, :] / unit
+            table = tl.arange(0, T)[None, :] * HALF_P + freq[:, None]
+            cos_j = tl.load(cos_ptr + table)
+            sin_j = tl.load(sin_ptr + table)
+            shift = tl.dot((a * cos_mid + b * sin_mid).to(tl.float16), cos_j)
+            shift = tl.dot((b * cos_mid - a * sin_mid).to(tl.float16), sin_j, shift)
+            scores += shift * (unit * scale)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        top = tl.max(scores, 1)
+        p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
+        p_at = p_ptr + (row * heads + cols).to(tl.int64)[:, None] * p_room + slots[None, :]
+        tl.store(p_at, p.to(tl.float16), mask=live[:, None])
+        at = (row * heads + cols) * n_tiles + tile
+        tl.store(top_ptr + at, top, mask=live)
+        tl.store(mass_ptr + at, tl.sum(p, 1), mask=live)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 
 from triton_ops.latent_attention import kernels
 from triton_ops.latent_attention.factors import LatentFactors
-from triton_ops.latent_attention.layout import ALIGN, WINDOW, power
+from triton_ops.latent_attention.layout import ALIGN, PIECE, PIECE_HEADS, power
 from triton_ops.latent_attention.rope import RopeTables
 
 LOG2_E = 1.4426950408889634
@@ -20,13 +20,14 @@ class Tuning:
     """Tile sizes of the kernels; the defaults are the best measured on an H200.
 
     Attributes:
-        band, rebuilt, mix, expand: keyword arguments of a launch, Triton's own included.
+        band, softmax, rebuilt, mix, expand: keyword arguments of a launch, Triton's own included.
         programs: programs that fill the GPU, which sets how often the sequence is split.
     """
 
     band: Mapping[str, int] = field(
-        default_factory=lambda: {"T": 128, "N": 64, "STAGES": 3, "num_warps": 4}
+        default_factory=lambda: {"T": 128, "STAGES": 3, "num_warps": 4}
     )
+    softmax: Mapping[str, int] = field(default_factory=lambda: {"T": 256, "num_warps": 4})
     rebuilt: Mapping[str, int] = field(
         default_factory=lambda: {"T": 64, "STAGES": 3, "num_warps": 4}
     )
@@ -69,7 +70,7 @@ def latent_attention_triton(
     kv_heads = factors.key_up.shape[0]
     columns = heads // kv_heads * n_query
     band = factors.band if columns == 1 else None
-    tile = (tuning.rebuilt if band is None else tuning.band)["T"]
+    tile = (tuning.rebuilt if band is None else tuning.softmax)["T"]
     n_tiles = -(-room // tile)
     all_columns = heads * n_query
     device, q = q.device, q.contiguous()
@@ -83,54 +84,61 @@ def latent_attention_triton(
     bias = q if factors.key_bias is None else factors.key_bias
     x_row = x.stride(1) // ALIGN
     if band is not None:
-        cos, sin, cos_mid, sin_mid = rope.band(tile, n_tiles, device)
-        ab = torch.empty(batch, 2, half_p, x.stride(1), dtype=torch.float16, device=device)
-        ab_bias = torch.empty(batch, heads, 2, half_p, dtype=torch.float16, device=device)
-        unit = torch.empty(batch, heads, dtype=torch.float32, device=device)
-        kernels.absorb_queries[(heads, batch)](
+        step = tuning.band["T"]
+        cos, sin, cos_mid, sin_mid = rope.band(step, room // step, device)
+        scores = torch.empty(batch, band.total, p.shape[-1], dtype=torch.float32, device=device)
+        splits, per = _splits(room // step, len(band.pieces) * batch, tuning.programs)
+        kernels.band_scores[(len(band.pieces), splits, batch)](
             q,
+            x,
             band.rows,
-            bias,
-            band.heads,
-            ab,
-            ab_bias,
-            unit,
+            band.owner,
+            band.pieces,
+            cos,
+            sin,
+            cos_mid,
+            sin_mid,
+            filled,
+            scores,
+            scale * LOG2_E,
+            x.stride(0),
             x_row,
+            p.shape[-1],
+            band.total,
+            per,
             heads,
             HALF=half,
             HALF_P=half_p,
-            K=band.width,
-            BIAS=has["BIAS"],
-            num_warps=4,
+            N=PIECE,
+            COLS=PIECE_HEADS,
+            **tuning.band,
         )
-        splits, per = _splits(n_tiles, len(band.windows) * batch, tuning.programs)
-        kernels.band_scores[(len(band.windows), splits, batch)](
-            x,
-            ab,
-            ab_bias,
-            unit,
-            band.pick,
+        cos, sin, cos_mid, sin_mid = rope.rebuilt(tile, n_tiles, device)
+        kernels.band_softmax[(-(-heads // PIECE_HEADS), n_tiles, batch)](
+            q,
+            bias,
+            band.segments,
+            scores,
             cos,
             sin,
             cos_mid,
             sin_mid,
             *common,
-            band.windows,
             p,
             top,
             mass,
             scale * LOG2_E,
-            x.stride(0),
-            x_row,
             0 if mask is None else mask.stride(0),
             p.shape[-1],
             n_tiles,
-            per,
+            band.total,
             heads,
+            HALF=half,
             HALF_P=half_p,
-            COLS=WINDOW,
+            COLS=PIECE_HEADS,
+            MOST=band.most,
             **has,
-            **tuning.band,
+            **tuning.softmax,
         )
     else:
         cos, sin, cos_mid, sin_mid = rope.rebuilt(tile, n_tiles, device)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 ALIGN = 8  # 16-bit numbers in the 16 bytes that one load moves: rows are padded to it
-WINDOW = 16  # heads whose scores are made together: columns of the narrowest product
+PIECE = 64  # channels of a piece of a row
+PIECE_HEADS = 16  # heads of a piece: columns of the narrowest product
 
 
 def row_width(channels: int) -> int:
@@ -26,6 +28,19 @@ def two_powers(n: int) -> tuple[int, int]:
     if half < 32 or n > half + half // 2:
         return whole, 0
     return half, power(n - half)
+
+
+class Piece(NamedTuple):
+    """Channels ``first`` to ``end - 1`` of a row, loaded from ``load`` on; heads from ``head`` on.
+
+    Each head in it has one segment of scores, from ``segment`` on.
+    """
+
+    load: int
+    first: int
+    end: int
+    head: int
+    segment: int
 
 
 @dataclass(frozen=True)
@@ -50,20 +65,21 @@ class KeyLayout:
         """R: channels of a row, padding left out."""
         return max(s + r for s, r in zip(self.starts, self.ranks, strict=True))
 
-    @property
-    def windows(self) -> list[tuple[int, int, int]] | None:
-        """``(first channel to load, end, heads)`` of windows of :data:`WINDOW` heads.
-
-        None when heads share channels.
-        """
+    def pieces(self) -> list[Piece] | None:
+        """The row cut for scores without rebuilt keys; None when heads share channels."""
         if self != KeyLayout.side_by_side(self.ranks):
             return None
         ends = list(accumulate(self.ranks))
-        found = []
-        for head in range(0, len(self.ranks), WINDOW):
-            heads = self.ranks[head : head + WINDOW]
-            first = self.starts[head] // ALIGN * ALIGN
-            found.append((first, ends[head + len(heads) - 1], len(heads)))
+        found: list[Piece] = []
+        channel, head, segment = 0, 0, 0
+        while channel < self.channels:
+            load = channel // ALIGN * ALIGN
+            last = min(head + PIECE_HEADS, len(ends)) - 1
+            end = min(load + PIECE, ends[last])
+            found.append(Piece(load, channel, end, head, segment))
+            reached = next(i for i, e in enumerate(ends) if e >= end)
+            segment += reached - head + 1
+            channel, head = end, reached + (ends[reached] == end)
         return found
 
     def buckets(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
