@@ -11,6 +11,7 @@ import torch
 
 from starkv_core.budget import BYTES_PER_NUMBER
 from starkv_core.calibrate.loop import budget_for, trained_numbers, training_sequences
+from starkv_core.data.corpus import check_source
 from starkv_core.models.load import EMBEDDED_NAME, inspect, pick_device
 from starkv_core.models.spec import ModelSpec
 from starkv_core.recipe import Recipe
@@ -81,9 +82,12 @@ class Plan:
 def plan(recipe: Recipe, *, device: str | None = None) -> Plan:
     """Plan a calibration from the model's config alone; no weights and no data are read.
 
+    A text that is missing is told, one that is too short is not.
+
     Raises:
         UserError: whatever :func:`starkv_core.calibrate.run_calibration` would refuse of these.
     """
+    check_source(recipe.data.source)
     m = recipe.model
     spec, parameters = inspect(m.name, revision=m.revision, trust_remote_code=m.trust_remote_code)
     budget = budget_for(recipe, spec)

@@ -22,6 +22,21 @@ _LOADERS: Final = {".jsonl": "json", ".parquet": "parquet"}
 _TWO_EMPTY_LINES: Final = re.compile(r"\n[ \t]*\n[ \t]*\n\s*")
 
 
+def check_source(source: str) -> None:
+    """Whether ``source`` can be read at all, told without reading it; a hub is not asked.
+
+    UserError: a folder, a missing file, or a file of another kind.
+    """
+    path = BUILTIN.get(source, Path(source))
+    if path.is_dir():
+        raise UserError(f"{source}: a folder; give one .txt, .jsonl or .parquet file in it")
+    if path.suffix.lower() in (".txt", *_LOADERS):
+        if not path.exists():
+            raise UserError(f"{source}: no such file")
+    elif source not in BUILTIN and (path.exists() or source.startswith((".", "/", "~"))):
+        raise UserError(f"{source}: not a .txt, .jsonl or .parquet file, nor a hub data set")
+
+
 def documents(
     source: str, config: str | None = None, split: str = "train", field: str = "text"
 ) -> Iterator[str]:
@@ -34,16 +49,13 @@ def documents(
     UserError, before the first document where possible: no such file or data set, no text, not
     UTF-8, no such field, or the ``datasets`` package missing.
     """
+    check_source(source)
     path = BUILTIN.get(source, Path(source))
-    if path.is_dir():
-        raise UserError(f"{source}: a folder; give one .txt, .jsonl or .parquet file in it")
     suffix = path.suffix.lower()
     if source in BUILTIN or suffix == ".txt":
         found: Iterable[str] = _TWO_EMPTY_LINES.split(read_text(path).replace("\r\n", "\n"))
     elif suffix in _LOADERS:
         found = _texts(_local_rows(path, suffix), source, field)
-    elif path.exists() or source.startswith((".", "/", "~")):
-        raise UserError(f"{source}: not a .txt, .jsonl or .parquet file, nor a hub data set")
     else:
         found = _texts(_hub_rows(source, config, split), source, field)
     return _not_empty(found, source)
@@ -73,8 +85,6 @@ def _texts(rows: Iterable[Mapping[str, Any]], source: str, field: str) -> Iterat
 
 
 def _local_rows(path: Path, suffix: str) -> Iterator[Mapping[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: empty; it holds no text to read")
     if suffix == ".jsonl":

@@ -145,6 +145,7 @@ def test_impossible_budget(
         ("start.key_group=3", "3 does not divide 2 heads"),
         ("data.length=4096", "the model's context is 1024"),
         ("model.name=./nowhere", "no such model folder"),
+        ("data.source=nowhere.txt", "nowhere.txt: no such file"),
     ],
 )
 def test_recipe_that_does_not_fit_the_model(
