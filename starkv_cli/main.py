@@ -77,7 +77,12 @@ def _run(args: list[str], *, debug: bool) -> int:
     try:
         return int(app(args, prog_name="starkv", standalone_mode=False) or 0)
     except _USAGE_ERROR as error:
-        error.show()  # the message, and where to read more
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # the help of a group named alone
+        else:
+            context = getattr(error, "ctx", None)
+            where = context.command_path if context else "starkv"
+            note(f"starkv: {error.format_message().rstrip('.')}; see {where} --help")
         return 2
     except typer.Abort:
         note("starkv: interrupted")

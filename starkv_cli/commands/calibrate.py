@@ -74,7 +74,9 @@ def calibrate(
         model = str(Path(model).resolve()) if Path(model).is_dir() else model
         settings.append(f"model.name={json.dumps(model)}")
     if recipe is None:
-        if not resume or out is None:
+        if resume and out is None:
+            raise UserError("name the run to resume with --out RUN")
+        if out is None or not resume:
             names = ", ".join(recipe_names())
             raise UserError(f"name a recipe with --recipe: a YAML file, or one of {names}")
         recipe = str(out / "recipe.yaml")

@@ -154,7 +154,7 @@ def test_resume_takes_the_recipe_of_the_run(calls: Calls, tmp_path: Path) -> Non
     assert calls.options["resume"] is True
 
 
-@pytest.mark.parametrize("args", [[], ["--resume"], ["--out", "a"]])
+@pytest.mark.parametrize("args", [[], ["--out", "a"]])
 def test_a_recipe_must_be_named(
     calls: Calls, capsys: pytest.CaptureFixture[str], args: list[str]
 ) -> None:
@@ -162,6 +162,12 @@ def test_a_recipe_must_be_named(
     err = capsys.readouterr().err
     assert err.startswith("starkv: name a recipe with --recipe: ")
     assert "paper/longchat" in err
+    assert calls.kind == ""
+
+
+def test_resume_must_name_its_run(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--resume") == 2
+    assert capsys.readouterr().err == "starkv: name the run to resume with --out RUN\n"
     assert calls.kind == ""
 
 
