@@ -262,7 +262,8 @@ def _only_cached(name: str, revision: str | None) -> bool:
     except Exception as error:  # what a failed connection raises depends on the hub's client
         if not cached:
             raise UserError(
-                f"{name}: no such folder, and the hub could not be reached: {_first_line(error)}"
+                f"{name}: no such folder, and the hub could not be reached "
+                f"({_first_line(error)}); download the model and give its folder"
             ) from error
         return True
     return False
