@@ -56,5 +56,5 @@ def retrieval_heatmap(
                 ax.set_ylabel("depth of the needle", fontsize=9)
     bar = figure.colorbar(image, ax=axes, shrink=0.9, ticks=[0.0, 0.25, 0.5, 0.75, 1.0])
     bar.ax.set_yticklabels(["0%", "25%", "50%", "75%", "100%"], fontsize=8)
-    bar.set_label(f"right answers, of {shown.prompts} prompts a cell", fontsize=9)
+    bar.set_label(f"right answers, prompts a cell: {shown.prompts}", fontsize=9)
     save_png(figure, path)
