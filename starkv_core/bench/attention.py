@@ -7,16 +7,16 @@ What making the query, appending and ``o_proj`` cost is the same for all and is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from starkv_core.bench.gate import OUTPUT_LIMIT, fault, relative_error
+from starkv_core.bench.outcome import Measured
 from starkv_core.bench.plan import Need
-from starkv_core.bench.shapes import Shape, cached_row
-from starkv_core.bench.timing import Timing, measure, peak_bytes, release
+from starkv_core.bench.shapes import Shape
+from starkv_core.bench.timing import measure, peak_bytes, release
 from starkv_core.budget import slots
 from triton_ops.latent_attention import (
     KeyLayout,
@@ -38,17 +38,6 @@ _TILE = 4096  # tokens that `rebuild` rebuilds at once: bounds its temporaries
 _GATE_TILE = 4096  # tokens of the float64 reference at once
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One backend in one case: its time, or the fault in its place."""
-
-    timing: Timing | None
-    error: float | None = None
-    fault: str | None = None
-    peak: int | None = None
-    extra: dict[str, object] = field(default_factory=dict)
-
-
 def read_bytes(shape: Shape, backend: str, ctx: int, batch: int) -> int:
     """Bytes of cache that one step of a backend has to move.
 
@@ -56,14 +45,14 @@ def read_bytes(shape: Shape, backend: str, ctx: int, batch: int) -> int:
     ``rebuild``: the latents, and keys and values written and read again.
     """
     dense = 2 * batch * ctx * 2 * shape.spec.kv_width
-    latents = 2 * batch * ctx * cached_row(shape.layer_ranks)
+    latents = 2 * batch * ctx * shape.layer_ranks.stored
     return {REBUILD: latents + 2 * dense, STARKV: latents}.get(backend, dense)
 
 
 def cache_bytes(shape: Shape, backend: str, ctx: int, batch: int) -> int:
     """Bytes of the layer's cache; the latents in whole blocks of slots, as the engine has them."""
     if backend in (REBUILD, STARKV):
-        return 2 * batch * slots(ctx) * cached_row(shape.layer_ranks)
+        return 2 * batch * slots(ctx) * shape.layer_ranks.stored
     return 2 * batch * ctx * 2 * shape.spec.kv_width
 
 
@@ -92,7 +81,6 @@ def run_case(
     device: torch.device,
     backend: str,
     op_backend: str,
-    timed: Callable[[Callable[[], object], torch.device], Timing] = measure,
 ) -> Measured:
     """Make the inputs of one backend, hold its output to float64, then time it.
 
@@ -112,8 +100,9 @@ def run_case(
     if found is not None:
         return Measured(None, error, found)
     release(device)
-    timing = timed(step, device)
-    return Measured(timing, error, peak=peak_bytes(device))
+    timing = measure(step, device)
+    note = None if timing.graph or device.type != "cuda" else "launched without a graph"
+    return Measured(timing, error, peak=peak_bytes(device), note=note)
 
 
 def _normal(

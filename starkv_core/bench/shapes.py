@@ -74,11 +74,6 @@ class Shape:
         return total
 
 
-def cached_row(ranks: LayerRanks) -> int:
-    """Numbers stored for a token in a compressed layer, padding of the rows included."""
-    return row_width(sum(ranks.keys)) + row_width(sum(ranks.values))
-
-
 def open_shape(name: str) -> Shape:
     """A named shape, or the shape of a run folder.
 

@@ -58,9 +58,19 @@ def measure(step: Callable[[], object], device: torch.device, *, cold: bool = Tr
     return _timed(graph.replay, device, graph=True, cold=cold)
 
 
-def measure_replays(replay: Callable[[], object], device: torch.device, *, graph: bool) -> Timing:
-    """Time a step that is captured already, or that advances a state: no flush, few warm-ups."""
-    return _timed(replay, device, graph=graph, cold=False, most=30)
+def measure_steps(
+    step: Callable[[], object],
+    device: torch.device,
+    *,
+    graph: bool,
+    least: int = LEAST_RUNS,
+    most: int = 30,
+) -> Timing:
+    """Time a step as it is, of a captured model (``graph``) or launched: no flush of the L2.
+
+    A whole model passes through far more than the L2 by itself.
+    """
+    return _timed(step, device, graph=graph, cold=False, least=least, most=most)
 
 
 def _timed(
@@ -69,6 +79,7 @@ def _timed(
     *,
     graph: bool,
     cold: bool,
+    least: int = LEAST_RUNS,
     most: int = MOST_RUNS,
 ) -> Timing:
     step()
@@ -76,10 +87,10 @@ def _timed(
     step()
     synchronize(device)
     seconds = max(time.perf_counter() - started, 1e-6)
-    runs = max(LEAST_RUNS, min(most, int(SECONDS / seconds)))
+    runs = max(least, min(most, int(SECONDS / seconds)))
     if device.type != "cuda":
         spent = []
-        for _ in range(LEAST_RUNS):
+        for _ in range(least):
             started = time.perf_counter()
             step()
             spent.append((time.perf_counter() - started) * 1e3)

@@ -1,0 +1,26 @@
+"""What came of one backend in one case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starkv_core.bench.timing import Timing
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A time, or the fault in its place.
+
+    Attributes:
+        timing: None where the backend failed.
+        error: relative error found by the gate; None where an earlier case passed it.
+        fault: why there is no time.
+        peak: most bytes of GPU memory while it ran.
+        note: what a reader of the time must know.
+    """
+
+    timing: Timing | None
+    error: float | None = None
+    fault: str | None = None
+    peak: int | None = None
+    note: str | None = None

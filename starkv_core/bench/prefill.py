@@ -1,0 +1,108 @@
+"""Suite ``prefill``: time to the first token, the compressed model beside the dense one.
+
+Ours writes latents and rebuilds keys and values a layer at a time for SDPA; the dense model is
+transformers' own on a dynamic cache (``sdpa-default``). Both share one set of weights.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from starkv_core.bench.gate import LOGITS_LIMIT, fault, relative_error
+from starkv_core.bench.outcome import Measured
+from starkv_core.bench.plan import Need
+from starkv_core.bench.shapes import Shape
+from starkv_core.bench.timing import measure_steps, peak_bytes, release
+from starkv_core.budget import predict_bytes
+from starkv_core.rank_map import RankMap
+from starkv_core.run import Subject
+
+DENSE, STARKV = BACKENDS = ("sdpa-default", "starkv")
+_LEAST_RUNS, _MOST_RUNS = 4, 10
+_GATE_PROMPT, _GATE_REST = 80, 16  # tokens; the rest is read back from the cache
+
+
+def cache_bytes(shape: Shape, backend: str, ctx: int, batch: int) -> int:
+    """Bytes of the cache of all layers after the prompt."""
+    dense = RankMap((None,) * shape.spec.n_layers)
+    return predict_bytes(shape.spec, shape.ranks if backend == STARKV else dense, ctx, batch)
+
+
+def need(shape: Shape, backend: str, ctx: int, batch: int) -> Need:
+    """Memory of one side: weights, cache, and the widest moment of one layer."""
+    spec, tokens = shape.spec, batch * ctx
+    parts = {"weights": 2 * shape.parameters, "cache": cache_bytes(shape, backend, ctx, batch)}
+    # Hidden states, the MLP (its width is taken as four times theirs), queries in float32.
+    parts["activations"] = tokens * (64 * spec.hidden + 16 * spec.n_heads * spec.head_dim)
+    if backend == STARKV:
+        parts["factors"] = 2 * shape.factor_numbers
+        parts["rebuilt keys and values"] = 20 * tokens * spec.kv_width
+    parts["margin"] = 3 << 29
+    return Need(parts)
+
+
+def run_case(shape: Shape, subject: Subject, ctx: int, batch: int, *, checked: bool) -> Measured:
+    """Gate and time one side.
+
+    Args:
+        subject: dense for ``sdpa-default``.
+        checked: whether this side has passed its gate already.
+    """
+    device, error = subject.device, None
+    with torch.no_grad(), subject.active():
+        release(device)
+        if not checked:
+            error = _error(subject)
+            found = fault(error, LOGITS_LIMIT[subject.base.dtype])
+            if found is not None:
+                return Measured(None, error, found)
+        prompt = _prompt(subject, ctx, batch)
+        if not math.isfinite(float(_first(subject, prompt).sum())):
+            return Measured(None, error, "wrong: the logits are not finite; no time is shown")
+        timing = measure_steps(
+            lambda: _first(subject, prompt).argmax(-1),
+            device,
+            graph=False,
+            least=_LEAST_RUNS,
+            most=_MOST_RUNS,
+        )
+        return Measured(timing, error, peak=peak_bytes(device))
+
+
+def _prompt(subject: Subject, ctx: int, batch: int) -> Tensor:
+    generator = torch.Generator(subject.device).manual_seed(7)
+    size, device = (batch, ctx), subject.device
+    return torch.randint(0, subject.spec.vocab, size, generator=generator, device=device)
+
+
+def _new_cache(subject: Subject) -> object:
+    from transformers import DynamicCache
+
+    return subject.new_cache() if subject.compressed else DynamicCache()
+
+
+def _first(subject: Subject, prompt: Tensor, cache: object | None = None) -> Tensor:
+    """Float32 logits ``[B, V]`` that follow the prompt, from an empty cache unless one is given."""
+    out = subject.model(
+        input_ids=prompt,
+        past_key_values=_new_cache(subject) if cache is None else cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return out.logits[:, -1].float()
+
+
+def _error(subject: Subject) -> float:
+    """Of the whole prompt at once against its end read back from the cache, which is another path.
+
+    For ours that is latent attention; for the dense model SDPA over cached keys.
+    """
+    prompt = _prompt(subject, _GATE_PROMPT, 1)
+    cache = _new_cache(subject)
+    _first(subject, prompt[:, :-_GATE_REST], cache)
+    for token in prompt[:, -_GATE_REST:].split(1, dim=1):
+        stepwise = _first(subject, token, cache)
+    return relative_error(_first(subject, prompt), stepwise)
