@@ -26,3 +26,7 @@ DeviceMap = Annotated[
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Backend = Annotated[
+    str | None,
+    typer.Option(help="Of latent attention: triton or reference. Default: triton on a GPU."),
+]

@@ -166,7 +166,7 @@ class CompressedAttention:
             TypeError: an additive mask.
 
         Args:
-            mask: None (causal) or bool ``[B, 1 or H, L, slots]``, True where a token may attend.
+            mask: None (causal) or bool ``[B, 1, L, slots]``, True where a token may attend.
             cache: transformers cache; its layer becomes a :class:`LatentLayer` if still empty.
         """
         spec = self.spec

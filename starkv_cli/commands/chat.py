@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from starkv_cli.console import emit_json, note
-from starkv_cli.options import BaseModel, Device, DeviceMap, Dtype, SubjectArgument
+from starkv_cli.options import Backend, BaseModel, Device, DeviceMap, Dtype, SubjectArgument
 from starkv_core.errors import StarkvError, UserError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def chat(
     device: Device = None,
     device_map: DeviceMap = None,
     dtype: Dtype = "auto",
+    backend: Backend = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="With --prompt: print answer and figures as JSON.")
     ] = False,
@@ -65,7 +66,14 @@ def chat(
         raise UserError("--prompt is empty")
     sampler = Sampler(temperature=temperature, top_p=top_p, seed=seed)
     conversation = Conversation(
-        open_subject(subject, device=device, device_map=device_map, dtype=dtype, model=model),
+        open_subject(
+        subject,
+        device=device,
+        device_map=device_map,
+        dtype=dtype,
+        model=model,
+        backend=backend,
+    ),
         system=system,
         sampler=sampler,
         max_new_tokens=max_new_tokens,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from starkv_cli.console import emit_json, note, print_table, progress
-from starkv_cli.options import BaseModel, Device, DeviceMap, Dtype, SubjectArgument
+from starkv_cli.options import Backend, BaseModel, Device, DeviceMap, Dtype, SubjectArgument
 from starkv_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def evaluate(
     device: Device = None,
     device_map: DeviceMap = None,
     dtype: Dtype = "auto",
+    backend: Backend = None,
     out: Annotated[
         Path | None,
         typer.Option(help="New folder for report and figure. Default: in RUN; of a MODEL, none."),
@@ -95,7 +96,14 @@ def evaluate(
     )
     if out is not None and out.exists():
         raise UserError(f"{out} already exists; give another --out")
-    opened = open_subject(subject, device=device, device_map=device_map, dtype=dtype, model=model)
+    opened = open_subject(
+        subject,
+        device=device,
+        device_map=device_map,
+        dtype=dtype,
+        model=model,
+        backend=backend,
+    )
     report = run(opened, options, progress())
     files = _files(opened, out)
     if files is not None:

@@ -263,6 +263,7 @@ def _document(
             "dtype": str(subject.base.dtype).removeprefix("torch."),
             "device": str(subject.device),
         },
+        "backend": subject.backend if subject.compressed else None,
         "options": asdict(options),
         "text": text.to_dict(),
         "windows": None if windows is None else windows.to_dict(),
