@@ -14,3 +14,16 @@ BF16_LATENTS = 0.05
 
 CARD_PERPLEXITY = 1e-3
 """Perplexity against the model card's rounded figure: its last digit is 4e-4 of it."""
+
+FP16_OP = 2e-3
+"""Relative error of latent attention in float16 against float64 on the same rounded inputs: cos,
+sin, A, B and their products are rounded to 2^-11, about six times; scores have unit variance."""
+
+BF16_OP = 1e-2
+"""The same in bfloat16: products with latents, probabilities, sums, outputs round to 2^-9 each."""
+
+FP16_TABLE = 7e-4
+"""Entries up to 1.25 of float16 tables: half a last digit, 2^-11 of 1 to 2; and no more far out."""
+
+FP32_TABLE = 1e-7
+"""The same of float32 tables: half a last digit, 2^-24 of 1 to 2."""

@@ -1,0 +1,351 @@
+"""Latent attention, interpreted without a GPU, against plain mathematics in float64."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import random
+from dataclasses import replace
+from decimal import Decimal, localcontext
+
+import pytest
+import torch
+
+from tests.latent_case import Call, Case, draw, relative_error
+from tests.tolerances import FP16_OP, FP16_TABLE, FP32_TABLE, FP64_OP
+from triton_ops.backends import choose_backend
+from triton_ops.latent_attention import KeyLayout, LatentFactors, RopeTables
+from triton_ops.latent_attention.layout import ALIGN, PIECE, PIECE_HEADS, two_powers
+
+# The interpreter computes both sides of a where: 1 / 0 for queries that attend to nothing.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+
+CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs the package triton"
+)
+
+# One query token and one query head per key head: scores without rebuilt keys.
+BAND = {
+    "one-slot": Case(1, 32, (1,), 1, 1),
+    "ragged": Case(4, 64, (5, 40, 33, 1), 20, 63, batch=3, bias=True, padded=True),
+    "tile": Case(2, 128, (23, 41), 8, 64, llama3=True, theta=5e5),
+    "yarn": Case(2, 96, (11, 64), 37, 65, batch=3, bias=True, factor=1.3, holes=True),
+    "pieces": Case(33, 32, (3, *(2, 1, 4) * 10, 5, 7), 9, 130, bias=True, theta=1e6),
+    "wide": Case(2, 256, (20, 9), 13, 260, holes=True),
+    "cut-twice": Case(3, 80, (7, 140, 2), 12, 385, batch=2, bias=True, padded=True, holes=True),
+}
+# Grouped queries, several query tokens, or heads that share channels: rebuilt keys.
+REBUILT = {
+    "one-slot": Case(2, 32, (1,), 1, 1, bias=True),
+    "gqa": Case(8, 64, (5, 33), 70, 65, batch=3, bias=True, llama3=True, padded=True),
+    "mqa": Case(6, 80, (75,), 37, 130, queries=2, holes=True, factor=1.3),
+    "five": Case(2, 32, (1, 20), 12, 63, batch=3, queries=5, bias=True, padded=True),
+    "sixteen": Case(5, 96, (12,), 17, 64, queries=16, theta=1e6, holes=True),  # over 64 columns
+    "nothing-before": Case(2, 128, (23,), 8, 16, batch=2, queries=16, padded=True),
+    "shared": Case(4, 128, (20, 20, 9, 9), 24, 65, starts=(0, 0, 20, 20), bias=True),
+    "wide": Case(4, 256, (3, 126), 13, 260, bias=True, padded=True, holes=True),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("case", BAND.values(), ids=BAND)
+def test_scores_without_rebuilt_keys(case: Case) -> None:
+    call = draw(case, torch.float16, CPU, seed=1)
+    assert call.factors.band is not None and case.heads == len(case.ranks)
+    assert relative_error(call.run("triton"), call.exact()) < FP16_OP
+
+
+@needs_triton
+@pytest.mark.parametrize("case", REBUILT.values(), ids=REBUILT)
+def test_scores_of_rebuilt_keys(case: Case) -> None:
+    call = draw(case, torch.float16, CPU, seed=2)
+    assert relative_error(call.run("triton"), call.exact()) < FP16_OP
+
+
+@needs_triton
+@pytest.mark.parametrize("programs", [1, 8])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_splits_of_the_sequence(queries: int, programs: int) -> None:
+    """Programs that take several tiles, and buffers with room behind the last one used."""
+    from triton_ops.latent_attention.launch import Tuning, latent_attention_triton
+
+    case = Case(2, 32, (9, 70), 21, 530, batch=2, queries=queries, bias=True, padded=True)
+    call = draw(case, torch.float16, CPU, seed=3, room=1024)
+    assert call.first is not None
+    got = latent_attention_triton(
+        call.q,
+        call.keys,
+        call.values,
+        call.factors,
+        RopeTables(case.inv_freq()),
+        call.filled,
+        call.first,
+        None,
+        case.dim**-0.5,
+        Tuning(programs=programs),
+    )
+    assert relative_error(got, call.exact()) < FP16_OP
+
+
+@needs_triton
+@pytest.mark.parametrize("queries", [1, 3])
+def test_large_scores_keep_their_order(queries: int) -> None:
+    """Scores of hundreds: tiles differ by more than any exponent holds."""
+    call = draw(Case(2, 64, (17, 9), 8, 300, queries=queries), torch.float16, CPU, seed=4)
+    call = replace(call, q=call.q * 100)
+    got = call.run("triton")
+    assert bool(got.isfinite().all())
+    assert relative_error(got, call.exact()) < 100 * FP16_OP  # absolute errors of scores grow
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("case", [*BAND.values(), *REBUILT.values()], ids=str)
+def test_reference(case: Case, dtype: torch.dtype) -> None:
+    call = draw(case, dtype, CPU, seed=5)
+    bound = FP16_OP if dtype == torch.float16 else FP64_OP
+    assert relative_error(call.run("reference"), call.exact()) < bound
+
+
+def test_reference_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton_ops.latent_attention.op.REFERENCE_TILE", 7)
+    case = Case(4, 32, (5, 9), 11, 65, batch=3, queries=3, bias=True, padded=True, holes=True)
+    call = draw(case, torch.float32, CPU, seed=6)
+    assert relative_error(call.run("reference"), call.exact()) < FP64_OP
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_nothing_to_attend_to_gives_zeros(backend: str) -> None:
+    case = Case(2, 32, (5,), 11, 20, batch=2, queries=2, padded=True, holes=True)
+    call = draw(case, torch.float16, CPU, seed=7)
+    assert call.mask is not None
+    call.mask[0, :, 0] = False
+    got = call.run(backend)
+    assert bool(got.isfinite().all())
+    assert not got[1].any()  # padded to its end
+    assert not got[0, :, 0].any() and got[0, :, 1:].any()  # the mask hides all of its first query
+
+
+# Tables.
+
+
+def _turn(position: int, half: bool, freq: float) -> tuple[float, float]:
+    """Cos and sin of ``(position + half / 2) * freq`` by 60-digit arithmetic."""
+    pi = Decimal("3.14159265358979323846264338327950288419716939937510582097494")
+    with localcontext() as context:
+        context.prec = 60
+        angle = float((Decimal(position) + Decimal(half) / 2) * Decimal(freq) % (2 * pi))
+    return math.cos(angle), math.sin(angle)
+
+
+@pytest.mark.parametrize("kind", ["band", "rebuilt"])
+def test_tables_of_tiles_at_a_million_tokens(kind: str) -> None:
+    """Angles of the far end are as exact as those of the start, and add up to the slots' own."""
+    tile, slots, dim, factor = 128, 2**20, 80, 1.25
+    inv_freq = Case(1, dim, (1,), 1, 1).inv_freq()
+    rope = RopeTables(inv_freq, factor)
+    make = rope.band if kind == "band" else rope.rebuilt
+    make(tile, 3, CPU)
+    cos, sin, cos_at, sin_at = make(tile, slots // tile, CPU)  # grown
+    middle = kind == "band"
+    bound = FP16_TABLE if middle else FP32_TABLE
+    for index in (0, 1, slots // tile - 1):
+        place = index * tile + (tile // 2 - 1 if middle else 0)
+        for i in range(dim // 2):
+            want = _turn(place, middle, float(inv_freq[i]))
+            assert float(cos_at[index, i]) == pytest.approx(factor * want[0], abs=bound)
+            assert float(sin_at[index, i]) == pytest.approx(factor * want[1], abs=bound)
+    for j in (0, 1, len(cos) - 1):
+        for i in range(dim // 2):
+            want = _turn(j, middle, float(inv_freq[i]))
+            assert float(cos[j, i]) == pytest.approx(want[0], abs=FP16_TABLE)
+            assert float(sin[j, i]) == pytest.approx(want[1], abs=FP16_TABLE)
+    assert cos.shape == (tile // 2 if middle else tile, 64) and cos_at.shape[1] == 64
+    assert not cos[:, dim // 2 :].any() and not sin_at[:, dim // 2 :].any()
+
+
+def test_tables_of_slots_at_a_million_tokens() -> None:
+    inv_freq = Case(1, 8, (1,), 1, 1).inv_freq()
+    rope = RopeTables(inv_freq, 1.25)
+    rope.slots(5, CPU)
+    cos, sin = rope.slots(2**20, CPU)
+    assert cos.shape == sin.shape == (2**20, 8)
+    for slot in (0, 1, 2**20 - 1):
+        for i in range(4):
+            want = [1.25 * t for t in _turn(slot, False, float(inv_freq[i]))]
+            for half in (i, i + 4):
+                found = [float(cos[slot, half]), float(sin[slot, half])]
+                assert found == pytest.approx(want, abs=FP32_TABLE)
+
+
+# Layout.
+
+
+def test_two_powers_are_the_least_sum() -> None:
+    powers = [16, 32, 64, 128, 256, 512, 1024]
+    sums = [a + b for a in powers for b in (0, *powers) if b < a]
+    for n in range(1, 700):
+        whole, more = two_powers(n)
+        assert whole in powers and more in (0, *powers) and more < whole
+        assert whole + more == min(s for s in sums if s >= n), n
+
+
+def _layouts() -> list[KeyLayout]:
+    draws = random.Random(0)
+    found = []
+    for _ in range(100):
+        ranks = tuple(draws.randint(1, 90) for _ in range(draws.randint(1, 40)))
+        found.append(KeyLayout.side_by_side(ranks))
+        pairs = KeyLayout.side_by_side(ranks)
+        twice = KeyLayout(
+            tuple(r for r in ranks for _ in range(2)),
+            tuple(s for s in pairs.starts for _ in range(2)),
+        )
+        found.append(twice)
+    return found
+
+
+@pytest.mark.parametrize("layout", _layouts()[:2], ids=["side by side", "shared"])
+def test_channels_of_a_row(layout: KeyLayout) -> None:
+    used = {c for s, r in zip(layout.starts, layout.ranks, strict=True) for c in range(s, s + r)}
+    assert used == set(range(layout.channels))
+
+
+def test_pieces_hold_every_channel_once() -> None:
+    for layout in _layouts():
+        pieces = layout.pieces()
+        if pieces is None:
+            assert len(set(layout.starts)) < len(layout.starts)
+            continue
+        owner = [h for h, rank in enumerate(layout.ranks) for _ in range(rank)]
+        channel = segments = 0
+        for piece in pieces:
+            assert piece.first == channel < piece.end <= piece.load + PIECE
+            assert piece.load % ALIGN == 0 and piece.first < piece.load + ALIGN
+            assert piece.head == owner[piece.first] and piece.segment == segments
+            heads = owner[piece.end - 1] - piece.head + 1
+            assert heads <= PIECE_HEADS
+            # Full, by channels or by heads, but for the last.
+            full = piece.end == piece.load + PIECE or heads == PIECE_HEADS
+            assert full or piece.end == layout.channels
+            channel, segments = piece.end, segments + heads
+        assert channel == layout.channels
+
+
+def test_buckets_load_every_head_and_no_more_than_needed() -> None:
+    for layout in _layouts():
+        heads = []
+        for (k, more), entries in layout.buckets().items():
+            for head, first in entries:
+                start, rank = layout.starts[head], layout.ranks[head]
+                assert first % ALIGN == 0 and first <= start < first + ALIGN
+                assert (k, more) == two_powers(start - first + rank)
+                heads.append(head)
+        assert sorted(heads) == list(range(len(layout.ranks)))
+
+
+# Backends and faults.
+
+
+def test_backend_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert choose_backend(None, CPU) == "reference"
+    assert choose_backend("reference", CPU) == "reference"
+    with pytest.raises(ValueError, match="cannot run: the device is cpu; use reference"):
+        choose_backend("triton", CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend("triton", CPU) == "triton"
+    assert choose_backend(None, CPU) == "reference"
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "reference"), ((9, 0), "triton")])
+def test_backend_on_a_gpu(
+    capability: tuple[int, int], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda")
+    assert choose_backend(None, gpu) == chosen
+    assert choose_backend("reference", gpu) == "reference"
+    if chosen == "reference":
+        with pytest.raises(ValueError, match=r"compute capability 7\.5, 8\.0 is needed"):
+            choose_backend("triton", gpu)
+
+
+def test_backend_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choose_backend(None, torch.device("cuda")) == "reference"
+    with pytest.raises(ValueError, match="triton is not installed"):
+        choose_backend("triton", torch.device("cuda"))
+    with pytest.raises(ValueError, match="'cuda': use one of reference, triton"):
+        choose_backend("cuda", torch.device("cuda"))
+
+
+def _call() -> Call:
+    case = Case(4, 32, (5, 9), 11, 20, batch=2, bias=True, padded=True, holes=True)
+    return draw(case, torch.float16, CPU, seed=8)
+
+
+def test_every_wrong_shape_is_listed() -> None:
+    call = _call()
+    factors = call.factors
+    assert factors.key_bias is not None and call.first is not None and call.mask is not None
+    wrong = replace(
+        call,
+        q=call.q[:, :3],
+        keys=call.keys[..., :8],
+        values=call.values[:, :255],
+        factors=LatentFactors(
+            factors.layout, factors.key_up[:1], factors.key_bias[:, :16], factors.value_up[:, :16]
+        ),
+        filled=call.filled.repeat(2),
+        first=call.first[:1],
+        mask=call.mask[:1],
+    )
+    with pytest.raises(ValueError) as caught:
+        wrong.run("reference")
+    for part in (
+        "key_latents [2, 256, 8], expected [2, 256, 16]",
+        "value_latents [2, 255, 16], expected [2, 256, 16]",
+        "key_up [1, 32, 9], expected [2, 32, 9]",
+        "key_bias [2, 16], expected [2, 32]",
+        "value_up [2, 16, 11], expected [2, 32, 11]",
+        "filled [2], expected [1]",
+        "first [1], expected [2]",
+        "mask [1, 1, 1, 20], expected [2, 1, 1, 20]",
+        "3 query heads do not divide among 2 key heads",
+    ):
+        assert part in str(caught.value)
+
+
+def test_what_the_kernels_cannot_read_is_listed() -> None:
+    call = _call()
+    factors = replace(call.factors, value_up=call.factors.value_up.float())
+    wide = torch.zeros(2, 255, 24, dtype=torch.float16)
+    wrong = replace(call, keys=wide[..., :16], values=wide[..., 1:17], factors=factors)
+    with pytest.raises(ValueError) as caught:
+        wrong.run("triton")
+    for part in (
+        "255 slots, the triton backend takes a multiple of 256",
+        "key_latents has rows 24 apart, expected 16",
+        "value_latents has rows 24 apart, expected 16",
+        "value_up torch.float32, expected torch.float16 as key_latents",
+    ):
+        assert part in str(caught.value)
+
+
+def test_masks_are_true_or_false() -> None:
+    call = _call()
+    assert call.mask is not None
+    for backend in ("reference", "triton"):
+        with pytest.raises(ValueError, match="mask torch.float32, expected torch.bool"):
+            replace(call, mask=call.mask.float()).run(backend)
+
+
+@needs_triton
+def test_masks_of_any_stride() -> None:
+    call = draw(Case(1, 32, (9,), 8, 70, queries=2, holes=True), torch.float16, CPU, seed=9)
+    assert call.mask is not None
+    spread = replace(call, mask=torch.stack((call.mask, ~call.mask), dim=-1)[..., 0])
+    assert relative_error(spread.run("triton"), call.exact()) < FP16_OP
