@@ -81,9 +81,7 @@ def need(shape: Shape, backend: str, ctx: int, batch: int) -> Need:
     return Need(parts)
 
 
-def run_case(
-    shape: Shape, subject: Subject, backend: str, ctx: int, batch: int, *, checked: bool
-) -> Measured:
+def run_case(subject: Subject, backend: str, ctx: int, batch: int, *, checked: bool) -> Measured:
     """Gate and time one side; ``subject`` is dense for ``static-graph``.
 
     Args:
@@ -116,7 +114,9 @@ def run_case(
 
 def _first_tokens(subject: Subject, batch: int) -> Tensor:
     generator = torch.Generator(subject.device).manual_seed(7)
-    return torch.randint(0, subject.spec.vocab, (batch,), generator=generator, device=subject.device)
+    return torch.randint(
+        0, subject.spec.vocab, (batch,), generator=generator, device=subject.device
+    )
 
 
 def _randomise(caches: Any, peak: float) -> None:

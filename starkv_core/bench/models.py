@@ -11,33 +11,31 @@ from starkv_core.bench.shapes import Shape, meta_model
 from starkv_core.factors import FoldedLayer
 from starkv_core.models.load import LoadedModel, prepare
 from starkv_core.rank_map import LayerRanks
-from starkv_core.run import Subject, dense_of, deployed_subject, open_subject
+from starkv_core.run import Subject, deployed_subject, open_subject
 
 STD = 0.02  # of the weights, as transformers starts these models
 
 
 def dense_subject(shape: Shape, dtype: torch.dtype, device: torch.device) -> Subject:
-    """The dense model, with random weights or those of the run."""
-    if shape.config is None:
-        return dense_of(compressed_subject(shape, None, dtype, device, "reference"))
-    return replace(dense_of(Subject(_random_model(shape, dtype, device))), store_dtype=dtype)
+    """The dense model of a named shape, with random weights."""
+    return Subject(_random_model(shape, dtype, device), store_dtype=dtype)
 
 
-def compressed_subject(
-    shape: Shape, dense: Subject | None, dtype: torch.dtype, device: torch.device, backend: str
-) -> Subject:
-    """The compressed model on the weights of ``dense``; a run is opened anew."""
-    if shape.config is None or dense is None:
-        name = str(dtype).removeprefix("torch.")
-        subject = open_subject(shape.name, device=str(device), dtype=name)
-    else:
-        layers = {
-            i: _random_layer(shape, ranks, i, dtype, device)
-            for i, ranks in enumerate(shape.ranks.layers)
-            if ranks is not None
-        }
-        subject = deployed_subject(dense.base, shape.ranks, layers, store_dtype=dtype)
-    return replace(subject, backend=backend)
+def compressed_subject(shape: Shape, dense: Subject, backend: str) -> Subject:
+    """The compressed model on the weights of ``dense``, with random factors."""
+    layers = {
+        i: _random_layer(shape, ranks, i, dense.base.dtype, dense.device)
+        for i, ranks in enumerate(shape.ranks.layers)
+        if ranks is not None
+    }
+    made = deployed_subject(dense.base, shape.ranks, layers, store_dtype=dense.base.dtype)
+    return replace(made, backend=backend)
+
+
+def open_run(shape: Shape, dtype: torch.dtype, device: torch.device, backend: str) -> Subject:
+    """The model of a run."""
+    name = str(dtype).removeprefix("torch.")
+    return replace(open_subject(shape.name, device=str(device), dtype=name), backend=backend)
 
 
 def _random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> LoadedModel:

@@ -44,7 +44,7 @@ def need(shape: Shape, backend: str, ctx: int, batch: int) -> Need:
     return Need(parts)
 
 
-def run_case(shape: Shape, subject: Subject, ctx: int, batch: int, *, checked: bool) -> Measured:
+def run_case(subject: Subject, ctx: int, batch: int, *, checked: bool) -> Measured:
     """Gate and time one side.
 
     Args:

@@ -112,9 +112,7 @@ def _timed(
 def summary(milliseconds: list[float], graph: bool) -> Timing:
     """Median and 20th and 80th percentile."""
     ordered = torch.tensor(sorted(milliseconds), dtype=torch.float64)
-    p20, p50, p80 = (
-        float(torch.quantile(ordered, q)) for q in (0.2, 0.5, 0.8)
-    )
+    p20, p50, p80 = (float(torch.quantile(ordered, q)) for q in (0.2, 0.5, 0.8))
     return Timing(p20, p50, p80, len(milliseconds), graph)
 
 

@@ -1,0 +1,246 @@
+"""Tables and figures of records: for the terminal, for docs/benchmarks/README.md, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from starkv_core.artifacts import write_text_atomic
+from starkv_core.bench.records import (
+    BASELINES,
+    OURS,
+    Record,
+    append_records,
+    baselines,
+    crossovers,
+    read_records,
+    series_of,
+    speed,
+    tokens,
+)
+
+COLUMNS: Final = (
+    "case",
+    "backend",
+    "ms (p20-p80)",
+    "read",
+    "floor ms",
+    "x floor",
+    "tokens/s",
+    "cache",
+    "peak",
+    "faster than",
+)
+
+_SHORT: Final = {name: name.removeprefix("sdpa-").removesuffix("-graph") for name in BASELINES}
+_COLORS: Final = {
+    "sdpa-default": "#1f4e79",
+    "sdpa-flash": "#5b9bd5",
+    "static-graph": "#1f4e79",
+    "rebuild": "#7f7f7f",
+    OURS: "#c55a11",
+}
+_INTRO: Final = """\
+# Benchmarks
+
+Rendered from the `.jsonl` files of this folder by `starkv bench --record`; do not edit. Read it with
+the definitions below in mind.
+
+- **ms**: median and 20th to 80th percentile of one step (`attention`: one layer; `decode`: a whole
+  model, one token for every row, sampling included; `prefill`: a prompt to its first token).
+- **read**: bytes that the backend must move. `attention`: its cache, once (`rebuild` also writes and
+  reads the dense one); `decode`: weights and cache. **floor**: those bytes over the bandwidth that a
+  large elementwise kernel reached in the same process. `prefill` is bound by arithmetic and has none.
+- **faster than**: speed over each baseline of the same run and case, above 1 is faster. At equal
+  memory it compares tokens a second, each side at the largest batch that fits.
+- **cache**: bytes of the cache that exist, padding of rows and slots allocated ahead included. **peak**:
+  most GPU memory while the backend ran, weights included.
+- **removed** is the paper's rate, of latents alone, padding not counted.
+- A backend is shown only if its output passed the correctness gate in the same run: `attention`
+  against float64, whole models against another path through the same weights and cache.
+- Weights and caches are random numbers in the model's shape. But for `qwen2.5-0.5b`, no real
+  calibration stands behind the rank maps: they carry over the relative spread of ranks (over layers,
+  over key heads, between keys and values) learned on Qwen2.5-Coder-0.5B, scaled to the rate.
+  `attention` measures the layer of median total rank; its keys have a bias.
+"""
+
+
+def rows(records: Sequence[Record]) -> list[list[str]]:
+    """The table's rows under :data:`COLUMNS`."""
+    return [_row(record, records) for record in records]
+
+
+def _row(record: Record, records: Sequence[Record]) -> list[str]:
+    case = f"{record['suite']} {tokens(record['ctx'])} x {record['batch'] or '-'}"
+    if record["memory"]:
+        case += f" in {_bytes(record['memory'])}"
+    if record["ms_p50"] is None:
+        return [case, record["backend"], record["fault"] or "", *[""] * (len(COLUMNS) - 3)]
+    floor = record["floor_ms"]
+    factors = baselines(record, records)
+    return [
+        case,
+        record["backend"] + ("" if record["note"] is None else " *"),
+        f"{record['ms_p50']:.4g} ({record['ms_p20']:.4g}-{record['ms_p80']:.4g})",
+        "" if record["bytes"] is None else _bytes(record["bytes"]),
+        "" if floor is None else f"{floor:.3g}",
+        "" if floor is None else f"{record['ms_p50'] / floor:.2f}",
+        "" if record["tokens_per_s"] is None else f"{record['tokens_per_s']:,.0f}",
+        _bytes(record["cache_bytes"]),
+        "" if record["peak_bytes"] is None else _bytes(record["peak_bytes"]),
+        ", ".join(f"{_SHORT[name]} {factor:.2f}x" for name, factor in factors.items()),
+    ]
+
+
+def notes(records: Sequence[Record]) -> list[str]:
+    """What readers of the times must know, each once."""
+    return list(
+        dict.fromkeys(
+            f"* {r['backend']}: {r['note']}" for r in records if r["note"] and r["ms_p50"]
+        )
+    )
+
+
+def _bytes(count: float) -> str:
+    for power, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 2**power:
+            return f"{count / 2**power:.3g} {name}"
+    return f"{count:.0f} B"
+
+
+def publish(folder: Path, records: Sequence[Record]) -> list[Path]:
+    """Append records to DATE.jsonl in ``folder``, draw them, render its README; returns the files.
+
+    Raises:
+        UserError: the folder cannot be written, or holds a line that is no record.
+    """
+    lines = folder / f"{records[0]['date'][:10]}.jsonl"
+    append_records(lines, records)
+    return [lines, *figures(records, folder), render_readme(folder)]
+
+
+def render_readme(folder: Path) -> Path:
+    """Write README.md of a folder of records; returns it."""
+    records = read_records(folder)
+    parts = [_INTRO]
+    for run in dict.fromkeys(r["run"] for r in records):
+        parts.append(_run_section([r for r in records if r["run"] == run], folder))
+    path = folder / "README.md"
+    write_text_atomic(path, "\n".join(parts))
+    return path
+
+
+def _run_section(records: list[Record], folder: Path) -> str:
+    first = records[0]
+    bandwidth = first["bandwidth"]
+    lines = [
+        f"## {first['date'][:10]}, {first['gpu']}, run {first['run']}",
+        "",
+        f"torch {first['torch']}, triton {first['triton']}, transformers {first['transformers']}, "
+        f"starkv {first['starkv']}, commit {(first['commit'] or 'unknown')[:12]}"
+        + ("" if bandwidth is None else f"; measured bandwidth {bandwidth / 1e12:.2f} TB/s"),
+    ]
+    for group in dict.fromkeys((r["suite"], r["shape"], r["dtype"]) for r in records):
+        held = [r for r in records if (r["suite"], r["shape"], r["dtype"]) == group]
+        removed = max(r["removed"] for r in held)
+        lines += ["", f"### {group[0]}, {group[1]}, {group[2]}, {removed:.1%} removed", ""]
+        lines += ["| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * 8]
+        # A pipe in a message would end the cell.
+        lines += ["| " + " | ".join(c.replace("|", "/") for c in row) + " |" for row in rows(held)]
+        lines += ["", *(f"- {line}" for line in crossovers(held))]
+        lines += [f"- {line}" for line in notes(held)]
+        for path in (folder / name for name in _figure_names(held)):
+            if path.is_file():
+                lines += ["", f"![speed against context]({path.name})"]
+    return "\n".join(lines) + "\n"
+
+
+def _figure_names(records: Sequence[Record]) -> list[str]:
+    found = dict.fromkeys((r["run"], r["suite"], r["shape"]) for r in records)
+    return [
+        f"{run}-{suite}-{Path(shape).name}.png".replace(" ", "-") for run, suite, shape in found
+    ]
+
+
+def figures(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Write speed against context, a figure for each suite and shape; returns the files.
+
+    A figure needs one backend with a time.
+    """
+    written = []
+    for key in dict.fromkeys((r["run"], r["suite"], r["shape"]) for r in records):
+        held = [
+            r for r in records if (r["run"], r["suite"], r["shape"]) == key and speed(r) is not None
+        ]
+        if held:
+            path = folder / _figure_names(held)[0]
+            _figure(held, path)
+            written.append(path)
+    return written
+
+
+def _figure(records: list[Record], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from starkv_core.figures import save_png
+
+    first = records[0]
+    series = list(dict.fromkeys(series_of(r) for r in records))
+    figure = Figure(figsize=(1.6 + 4.2 * len(series), 4.0), layout="constrained")
+    removed = max(r["removed"] for r in records)
+    figure.suptitle(
+        f"{first['suite']}: {first['shape']}, {removed:.0%} removed, {first['gpu']}", fontsize=11
+    )
+    panels = figure.subplots(1, len(series), squeeze=False)[0]
+    for ax, key in zip(panels, series, strict=True):
+        _panel(ax, [r for r in records if series_of(r) == key])
+    handles: dict[str, Any] = {}
+    for ax in panels:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=5, fontsize=8
+    )
+    save_png(figure, path)
+
+
+def _panel(ax: Any, records: list[Record]) -> None:
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    contexts = sorted({r["ctx"] for r in records})
+    for backend in dict.fromkeys(r["backend"] for r in records):
+        own = sorted((r for r in records if r["backend"] == backend), key=lambda r: r["ctx"])
+        x, y = [r["ctx"] for r in own], [speed(r) or 0.0 for r in own]
+        ax.plot(x, y, marker="o", markersize=4, color=_COLORS[backend], label=backend)
+        floors = [(r["ctx"], _floor_speed(r)) for r in own if r["floor_ms"]]
+        if backend in (OURS, "sdpa-default", "static-graph") and floors:
+            ax.plot(
+                *zip(*floors, strict=True),
+                linestyle=":",
+                linewidth=1,
+                color=_COLORS[backend],
+                label=f"memory limit of {backend}",
+            )
+    first = records[0]
+    size = (
+        f"each side as large as {first['memory'] / 2**30:g} GiB allow"
+        if first["memory"]
+        else f"batch {first['batch']}"
+    )
+    ax.set_title(size, fontsize=10)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(contexts)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens(round(value))))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("tokens in the cache", fontsize=9)
+    ax.set_ylabel("tokens/s" if first["suite"] == "decode" else "steps/s", fontsize=9)
+    ax.grid(alpha=0.3, which="both")
+    ax.tick_params(labelsize=8, which="both")
+
+
+def _floor_speed(record: Record) -> float:
+    """Speed at the memory limit."""
+    rows_per_step = record["batch"] if record["tokens_per_s"] else 1
+    return 1e3 * rows_per_step / float(record["floor_ms"])
