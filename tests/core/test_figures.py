@@ -121,8 +121,10 @@ def test_rank_map_shows_every_rank_and_dense_layers(tmp_path: Path, drawn: list[
     rank_map_figure(spec, ranks, "title", tmp_path / "ranks.png")
     check_png(tmp_path / "ranks.png")
     assert drawn == ["3", "7", "dense", "1", "16", "11", "dense", "32"]
-    # 2 heads of 16 numbers, keys and values, 2 bytes
-    assert bytes_per_layer(spec, ranks) == [2 * 21, 2 * 2 * 2 * 16, 2 * 49]
+    # Rows of latents fill up to 8 numbers: keys of 10 take 16, values of 11 take 16; keys of 17
+    # take 24, values of 32 take 32. Dense: keys and values of 2 heads of 16. 2 bytes a number.
+    stored = [16 + 16, 2 * 2 * 16, 24 + 32]
+    assert bytes_per_layer(spec, ranks) == [2 * numbers for numbers in stored]
 
 
 @pytest.mark.parametrize(
