@@ -68,7 +68,7 @@ def bench(
     Example: starkv bench --ctx 32k --batch 16
     """
     from starkv_core.bench.records import broken, crossovers
-    from starkv_core.bench.render import COLUMNS, notes, publish, rows
+    from starkv_core.bench.render import notes, publish, tables
     from starkv_core.bench.sizes import parse_counts, parse_memory
     from starkv_core.bench.suite import BenchOptions, run_bench
 
@@ -91,7 +91,8 @@ def bench(
     if as_json:
         emit_json(records)
     else:
-        print_table(_title(records[0]), COLUMNS, rows(records))
+        for name, (columns, rows) in tables(records).items():
+            print_table(f"{name}: {_title(records[0])}", columns, rows)
         for line in (*crossovers(records), *notes(records)):
             print_text(line)
     if records[0]["gpu"].startswith("none"):

@@ -123,7 +123,7 @@ def _attend(q: Tensor, tiles: Iterator[tuple[Tensor, Tensor]], scale: float) -> 
 
     Args:
         q: ``[H_kv, G, D]``.
-        tiles: keys ``[H_kv, T, D]`` with values ``[H_kv, T, D]``, or ``[T, r]`` shared by all heads.
+        tiles: keys ``[H_kv, T, D]`` with values ``[H_kv, T, D]``, or ``[T, r]`` of all heads.
 
     Returns:
         ``[H_kv, G, D]`` or ``[H_kv, G, r]``.

@@ -113,7 +113,7 @@ def series_of(record: Record) -> tuple[Any, ...]:
 
 
 def speed(record: Record) -> float | None:
-    """What is compared: tokens a second of decode, steps a second elsewhere; None without a time."""
+    """What is compared: tokens a second of decode, steps a second elsewhere; None: no time."""
     if record["ms_p50"] is None:
         return None
     return float(record["tokens_per_s"] or 1e3 / record["ms_p50"])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from starkv_core.artifacts import write_text_atomic
 from starkv_core.bench.records import (
-    BASELINES,
     OURS,
     Record,
     append_records,
@@ -20,20 +20,12 @@ from starkv_core.bench.records import (
     tokens,
 )
 
-COLUMNS: Final = (
-    "case",
-    "backend",
-    "ms (p20-p80)",
-    "read",
-    "floor ms",
-    "x floor",
-    "tokens/s",
-    "cache",
-    "peak",
-    "faster than",
-)
-
-_SHORT: Final = {name: name.removeprefix("sdpa-").removesuffix("-graph") for name in BASELINES}
+_COMPARED: Final = {
+    "attention": ("sdpa-default", "sdpa-flash"),
+    "decode": ("static-graph",),
+    "prefill": ("sdpa-default",),
+}
+"""Baselines that a suite's tables compare with."""
 _COLORS: Final = {
     "sdpa-default": "#1f4e79",
     "sdpa-flash": "#5b9bd5",
@@ -44,62 +36,90 @@ _COLORS: Final = {
 _INTRO: Final = """\
 # Benchmarks
 
-Rendered from the `.jsonl` files of this folder by `starkv bench --record`; do not edit. Read it with
-the definitions below in mind.
+Rendered from the `.jsonl` files of this folder by `starkv bench --record`; do not edit.
 
-- **ms**: median and 20th to 80th percentile of one step (`attention`: one layer; `decode`: a whole
-  model, one token for every row, sampling included; `prefill`: a prompt to its first token).
-- **read**: bytes that the backend must move. `attention`: its cache, once (`rebuild` also writes and
-  reads the dense one); `decode`: weights and cache. **floor**: those bytes over the bandwidth that a
-  large elementwise kernel reached in the same process. `prefill` is bound by arithmetic and has none.
-- **faster than**: speed over each baseline of the same run and case, above 1 is faster. At equal
+- **case**: tokens in the cache (of the prompt, in `prefill`) x rows.
+- **ms**: median and 20th to 80th percentile of one step. `attention`: one layer, from the turned
+  query to what goes into `o_proj`. `decode`: a whole model, one token for every row, sampling
+  included. `prefill`: a prompt to its first token.
+- **read**: bytes that the backend must move. `attention`: its cache, once; `rebuild` also writes
+  and reads a dense one. `decode`: weights and cache.
+- **floor**: those bytes over the bandwidth that a large elementwise kernel reached in the same
+  process, and the time as a multiple of it. `prefill` is bound by arithmetic and has none.
+- **faster than**: speed over a baseline of the same run and case; above 1 is faster. At equal
   memory it compares tokens a second, each side at the largest batch that fits.
-- **cache**: bytes of the cache that exist, padding of rows and slots allocated ahead included. **peak**:
-  most GPU memory while the backend ran, weights included.
-- **removed** is the paper's rate, of latents alone, padding not counted.
-- A backend is shown only if its output passed the correctness gate in the same run: `attention`
-  against float64, whole models against another path through the same weights and cache.
-- Weights and caches are random numbers in the model's shape. But for `qwen2.5-0.5b`, no real
-  calibration stands behind the rank maps: they carry over the relative spread of ranks (over layers,
-  over key heads, between keys and values) learned on Qwen2.5-Coder-0.5B, scaled to the rate.
-  `attention` measures the layer of median total rank; its keys have a bias.
+- **cache**: bytes of the cache that exist, padding of rows and slots allocated ahead included.
+- **peak**: most GPU memory while the backend ran, weights included.
+- **removed**: the paper's rate, of latents alone, padding not counted.
+
+Backends: `sdpa-default` and `sdpa-flash` read a dense cache by torch's own choice of kernel and by
+its FlashAttention; `rebuild` rebuilds all keys and values for SDPA by plain torch; `static-graph`
+is transformers with a static cache, captured as a CUDA graph; `starkv` reads the latents.
+
+A backend is shown only if its output passed the correctness gate in the same run: `attention`
+against float64, whole models against another path through the same weights and cache.
+
+Weights and caches are random numbers in the model's shape. **No real calibration stands behind the
+rank maps** but for `qwen2.5-0.5b`: they carry over the relative spread of ranks (over layers, over
+key heads, between keys and values) that was learned on Qwen2.5-Coder-0.5B, scaled to the rate
+(`starkv_core/bench/rank_maps.py`). `attention` measures the layer of median total rank; its keys
+have a bias.
 """
 
 
-def rows(records: Sequence[Record]) -> list[list[str]]:
-    """The table's rows under :data:`COLUMNS`."""
-    return [_row(record, records) for record in records]
+def tables(records: Sequence[Record]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """For each suite its columns and rows."""
+    found = {}
+    for suite in dict.fromkeys(r["suite"] for r in records):
+        own = [r for r in records if r["suite"] == suite]
+        columns = ["case", "backend", "ms (p20-p80)", "read", "floor ms (times)"]
+        columns += ["tokens/s"] if suite == "decode" else []
+        names = ", ".join(name.removeprefix("sdpa-") for name in _COMPARED[suite])
+        columns += ["cache", "peak", f"faster than {names}"]
+        found[suite] = columns, [_row(record, records, len(columns)) for record in own]
+    return found
 
 
-def _row(record: Record, records: Sequence[Record]) -> list[str]:
-    case = f"{record['suite']} {tokens(record['ctx'])} x {record['batch'] or '-'}"
-    if record["memory"]:
-        case += f" in {_bytes(record['memory'])}"
+def _row(record: Record, records: Sequence[Record], width: int) -> list[str]:
+    case = _case(record)
     if record["ms_p50"] is None:
-        return [case, record["backend"], record["fault"] or "", *[""] * (len(COLUMNS) - 3)]
-    floor = record["floor_ms"]
-    factors = baselines(record, records)
-    return [
+        return [case, record["backend"], "none", *[""] * (width - 3)]
+    floor, factors = record["floor_ms"], baselines(record, records)
+    gains = [factors.get(name) for name in _COMPARED[record["suite"]]]
+    ms = [_figure3(record[key]) for key in ("ms_p50", "ms_p20", "ms_p80")]
+    cells = [
         case,
         record["backend"] + ("" if record["note"] is None else " *"),
-        f"{record['ms_p50']:.4g} ({record['ms_p20']:.4g}-{record['ms_p80']:.4g})",
+        f"{ms[0]} ({ms[1]}-{ms[2]})",
         "" if record["bytes"] is None else _bytes(record["bytes"]),
-        "" if floor is None else f"{floor:.3g}",
-        "" if floor is None else f"{record['ms_p50'] / floor:.2f}",
-        "" if record["tokens_per_s"] is None else f"{record['tokens_per_s']:,.0f}",
+        "" if floor is None else f"{_figure3(floor)} ({record['ms_p50'] / floor:.2f}x)",
+    ]
+    if record["suite"] == "decode":
+        cells.append(f"{record['tokens_per_s']:,.0f}")
+    return [
+        *cells,
         _bytes(record["cache_bytes"]),
         "" if record["peak_bytes"] is None else _bytes(record["peak_bytes"]),
-        ", ".join(f"{_SHORT[name]} {factor:.2f}x" for name, factor in factors.items()),
+        ", ".join("-" if gain is None else f"{gain:.2f}x" for gain in gains),
     ]
 
 
+def _figure3(value: float) -> str:
+    """Three significant digits, those before the point all kept."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def notes(records: Sequence[Record]) -> list[str]:
-    """What readers of the times must know, each once."""
-    return list(
-        dict.fromkeys(
-            f"* {r['backend']}: {r['note']}" for r in records if r["note"] and r["ms_p50"]
-        )
-    )
+    """Why there is no time, and what readers of the times must know, each once."""
+    lines = [f"{_case(r)} {r['backend']}: {r['fault']}" for r in records if r["ms_p50"] is None] + [
+        f"* {r['backend']}: {r['note']}" for r in records if r["note"] and r["ms_p50"]
+    ]
+    return list(dict.fromkeys(lines))
+
+
+def _case(record: Record) -> str:
+    size = f" in {_bytes(record['memory'])}" if record["memory"] else ""
+    return f"{tokens(record['ctx'])} x {record['batch'] or '-'}{size}"
 
 
 def _bytes(count: float) -> str:
@@ -144,10 +164,12 @@ def _run_section(records: list[Record], folder: Path) -> str:
     for group in dict.fromkeys((r["suite"], r["shape"], r["dtype"]) for r in records):
         held = [r for r in records if (r["suite"], r["shape"], r["dtype"]) == group]
         removed = max(r["removed"] for r in held)
+        columns, body = tables(held)[group[0]]
         lines += ["", f"### {group[0]}, {group[1]}, {group[2]}, {removed:.1%} removed", ""]
-        lines += ["| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * 8]
+        lines += ["| " + " | ".join(columns) + " |"]
+        lines += ["| --- | --- |" + " ---: |" * (len(columns) - 2)]
         # A pipe in a message would end the cell.
-        lines += ["| " + " | ".join(c.replace("|", "/") for c in row) + " |" for row in rows(held)]
+        lines += ["| " + " | ".join(c.replace("|", "/") for c in row) + " |" for row in body]
         lines += ["", *(f"- {line}" for line in crossovers(held))]
         lines += [f"- {line}" for line in notes(held)]
         for path in (folder / name for name in _figure_names(held)):
@@ -157,10 +179,8 @@ def _run_section(records: list[Record], folder: Path) -> str:
 
 
 def _figure_names(records: Sequence[Record]) -> list[str]:
-    found = dict.fromkeys((r["run"], r["suite"], r["shape"]) for r in records)
-    return [
-        f"{run}-{suite}-{Path(shape).name}.png".replace(" ", "-") for run, suite, shape in found
-    ]
+    found = dict.fromkeys((r["run"], r["suite"], Path(r["shape"]).name) for r in records)
+    return [re.sub(r"[^\w.-]+", "-", "-".join(key)).strip("-") + ".png" for key in found]
 
 
 def figures(records: Sequence[Record], folder: Path) -> list[Path]:

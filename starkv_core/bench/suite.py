@@ -141,8 +141,8 @@ def _small(options: BenchOptions) -> BenchOptions:
 def _cases(options: BenchOptions, shape: Shape) -> Iterator[Case]:
     """Every case, sides of a suite one after the other: so each is built and freed once."""
     for suite in options.suites:
-        contexts, batches = _CASES[suite]
-        contexts, batches = options.contexts or contexts, options.batches or batches
+        usual_contexts, usual_batches = _CASES[suite]
+        contexts, batches = options.contexts or usual_contexts, options.batches or usual_batches
         memory = options.memory if suite == "decode" else None
         for backend in _BACKENDS[suite]:
             for ctx in contexts:
