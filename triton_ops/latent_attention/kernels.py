@@ -1,7 +1,7 @@
 """Triton kernels of latent attention; :mod:`.launch` calls them, docs/kernels.md explains them.
 
-Scores are made a tile of tokens at a time, by :func:`band_scores` and :func:`band_softmax` or by
-:func:`rebuilt_scores`. Each tile leaves ``p = exp2(score - top)`` in fp16,
+Scores are made by :func:`band_scores` or :func:`rebuilt_scores`. A tile of them at a time,
+:func:`tile_softmax` leaves ``p = exp2(score - top)`` in fp16,
 ``top`` and ``mass = sum p`` per query; :func:`tile_weights` turns the tops into weights of tiles,
 :func:`mix_values` sums ``weight * p * z`` over splits of the sequence, :func:`sum_splits` adds the
 splits up and :func:`expand_values` applies U. Offsets that grow with the context are 64-bit. A
@@ -116,57 +116,68 @@ def band_scores(
 
 
 @triton.jit
-def band_softmax(
-    q_ptr,  # [B, H, D], turned for its own slot
-    bias_ptr,  # [H, D] if BIAS
-    segment_ptr,  # [H, 2]: first segment, segments
-    scores_ptr,  # [B, segments, p_room], float32
+def tile_softmax(
+    q_ptr,  # [B, all columns, D], turned for its own slot
+    bias_ptr,  # [H_kv, D] if BIAS
+    segment_ptr,  # [all columns, 2] if MOST > 1: first segment, segments
+    scores_ptr,  # [B, segments, p_room], float32; without a table a segment a column
     cos_ptr,  # [T, HALF_P] of j, fp16
     sin_ptr,
-    cos_mid_ptr,  # [tiles, HALF_P] of the tiles' first slots, times RoPE's factor, float32
-    sin_mid_ptr,
-    filled_ptr,
+    cos_at_ptr,  # [tiles, HALF_P] of the tiles' first slots, times RoPE's factor, float32
+    sin_at_ptr,
+    filled_ptr,  # [1] slots filled
     first_ptr,  # [B] first slot of each row
-    mask_ptr,  # [B, slots] if MASK
-    p_ptr,  # [B, H, p_room]
-    top_ptr,  # [B, H, tiles]
+    mask_ptr,  # [B, Q, slots] if MASK
+    p_ptr,  # [B, all columns, p_room]
+    top_ptr,  # [B, all columns, tiles]
     mass_ptr,
-    scale,
+    scale,  # of scores, times log2(e)
     mask_batch,
+    mask_query,
     p_room,
     n_tiles,
     segments,
-    heads,
+    all_columns,
+    columns,  # of one key head: G * Q
+    n_query,
     HALF: tl.constexpr,
     HALF_P: tl.constexpr,
     T: tl.constexpr,
     COLS: tl.constexpr,
-    MOST: tl.constexpr,  # segments of a head
+    MOST: tl.constexpr,  # segments of a column
     BIAS: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """Adds up a tile's segments and the key bias's scores; leaves p, top and mass."""
+    """Adds up a tile's segments and the key bias's scores, masks; leaves p, top and mass."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     tile = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     filled = tl.load(filled_ptr)
     if tile * T < filled:
-        live = cols < heads
+        live = cols < all_columns
         slots = tile * T + tl.arange(0, T)
-        seen = (slots < filled) & (slots >= tl.load(first_ptr + row))
+        # Query i of n sees the slots filled before it and its own.
+        limit = filled - n_query + 1 + cols % n_query
+        here = (slots >= tl.load(first_ptr + row))[None, :]
+        seen = (slots[None, :] < limit[:, None]) & here & live[:, None]
         if MASK:
-            seen &= tl.load(mask_ptr + row * mask_batch + slots, mask=seen, other=0) != 0
-        own = tl.load(segment_ptr + cols * 2, mask=live, other=0)
-        many = tl.load(segment_ptr + cols * 2 + 1, mask=live, other=0)
-        scores = tl.zeros([COLS, T], tl.float32)
-        for piece in tl.static_range(MOST):
-            at = scores_ptr + (row * segments + own + piece)[:, None] * p_room + slots[None, :]
-            scores += tl.load(at, mask=(piece < many)[:, None] & seen[None, :], other=0.0)
+            m_at = mask_ptr + row * mask_batch + (cols % n_query)[:, None] * mask_query
+            seen &= tl.load(m_at + slots[None, :], mask=seen, other=0) != 0
+        if MOST == 1:
+            at = scores_ptr + (row * segments + cols)[:, None] * p_room + slots[None, :]
+            scores = tl.load(at, mask=seen, other=0.0)
+        else:
+            own = tl.load(segment_ptr + cols * 2, mask=live, other=0)
+            many = tl.load(segment_ptr + cols * 2 + 1, mask=live, other=0)
+            scores = tl.zeros([COLS, T], tl.float32)
+            for piece in tl.static_range(MOST):
+                at = scores_ptr + (row * segments + own + piece)[:, None] * p_room + slots[None, :]
+                scores += tl.load(at, mask=(piece < many)[:, None] & seen, other=0.0)
         if BIAS:
             freq = tl.arange(0, HALF_P)
             held = live[:, None] & (freq < HALF)[None, :]
-            b_at = bias_ptr + cols[:, None] * (2 * HALF) + freq[None, :]
-            q_at = q_ptr + (row * heads + cols)[:, None] * (2 * HALF) + freq[None, :]
+            b_at = bias_ptr + (cols // columns)[:, None] * (2 * HALF) + freq[None, :]
+            q_at = q_ptr + (row * all_columns + cols)[:, None] * (2 * HALF) + freq[None, :]
             b0 = tl.load(b_at, mask=held, other=0.0).to(tl.float32)
             b1 = tl.load(b_at + HALF, mask=held, other=0.0).to(tl.float32)
             q0 = tl.load(q_at, mask=held, other=0.0).to(tl.float32)
@@ -174,20 +185,19 @@ def band_softmax(
             a = q0 * b0 + q1 * b1
             b = q1 * b0 - q0 * b1
             unit = tl.maximum(tl.maximum(_largest(a), _largest(b)), 1e-20)
-            cos_mid = tl.load(cos_mid_ptr + tile * HALF_P + freq)[None, :] / unit
-            sin_mid = tl.load(sin_mid_ptr + tile * HALF_P + freq)[None, :] / unit
+            cos_at = tl.load(cos_at_ptr + tile * HALF_P + freq)[None, :] / unit
+            sin_at = tl.load(sin_at_ptr + tile * HALF_P + freq)[None, :] / unit
             table = tl.arange(0, T)[None, :] * HALF_P + freq[:, None]
-            cos_j = tl.load(cos_ptr + table)
-            sin_j = tl.load(sin_ptr + table)
-            shift = tl.dot((a * cos_mid + b * sin_mid).to(tl.float16), cos_j)
-            shift = tl.dot((b * cos_mid - a * sin_mid).to(tl.float16), sin_j, shift)
+            shift = tl.dot((a * cos_at + b * sin_at).to(tl.float16), tl.load(cos_ptr + table))
+            turned = (b * cos_at - a * sin_at).to(tl.float16)
+            shift = tl.dot(turned, tl.load(sin_ptr + table), shift)
             scores += shift * (unit * scale)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
+        scores = tl.where(seen, scores, float("-inf"))
         top = tl.max(scores, 1)
         p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
-        p_at = p_ptr + (row * heads + cols).to(tl.int64)[:, None] * p_room + slots[None, :]
+        p_at = p_ptr + (row * all_columns + cols).to(tl.int64)[:, None] * p_room + slots[None, :]
         tl.store(p_at, p.to(tl.float16), mask=live[:, None])
-        at = (row * heads + cols) * n_tiles + tile
+        at = (row * all_columns + cols) * n_tiles + tile
         tl.store(top_ptr + at, top, mask=live)
         tl.store(mass_ptr + at, tl.sum(p, 1), mask=live)
 
@@ -197,40 +207,29 @@ def rebuilt_scores(
     q_ptr,  # [B, H_kv * columns, D], turned for its own slot
     x_ptr,  # [B, S, x_row]; padding within a row is finite
     up_ptr,  # [entries, K + MORE, D], row c the column of U of the entry's channel c, else 0
-    bias_ptr,  # [H_kv, D] if BIAS
+    entry_ptr,  # [entries, 2]: head, first channel to load (a multiple of 8)
     cos_ptr,  # [T, HALF_P] of j, fp16
     sin_ptr,
-    cos_mid_ptr,  # [tiles, HALF_P] of the tiles' first slots, times RoPE's factor, float32
-    sin_mid_ptr,
+    cos_at_ptr,  # [tiles, HALF_P] of the tiles' first slots, times RoPE's factor, float32
+    sin_at_ptr,
     filled_ptr,
-    first_ptr,
-    mask_ptr,  # [B, Q, slots] if MASK
-    entry_ptr,  # [entries, 2]: head, first channel to load (a multiple of 8)
-    p_ptr,  # [B, H_kv * columns, p_room]
-    top_ptr,  # [B, H_kv * columns, tiles]
-    mass_ptr,
+    scores_ptr,  # [B, H_kv * columns, p_room], float32
     scale,
     x_batch,
     x_row_8,
-    mask_batch,
-    mask_query,
     p_room,
-    n_tiles,
     per_program,
     all_columns,
     columns,  # query columns of one key head: G * Q
-    n_query,
     HALF: tl.constexpr,
     HALF_P: tl.constexpr,
     T: tl.constexpr,
     K: tl.constexpr,
     MORE: tl.constexpr,
     COLS: tl.constexpr,
-    BIAS: tl.constexpr,
-    MASK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Scores of all queries of one key head; keys are rebuilt in registers, a tile at a time.
+    """Scores of all queries of one key head, without key bias; keys are rebuilt in registers.
 
     Keys turn by their offset within the tile, the queries back by the tile's first slot. A head's
     channels are K and MORE side by side, so that ranks need not fill a power of two.
@@ -244,52 +243,43 @@ def rebuilt_scores(
     head = tl.load(entry_ptr + entry * 2)
     start = tl.multiple_of(tl.load(entry_ptr + entry * 2 + 1), 8)
     filled = tl.load(filled_ptr)
-    first = tl.load(first_ptr + row)
     freq = tl.arange(0, HALF_P)
     real = freq < HALF
     col = block * COLS + tl.arange(0, COLS)
     live = col < columns
-    cols = head * columns + col
-    # Query i of n sees the slots filled before it and its own.
-    limit = filled - n_query + 1 + col % n_query
 
-    q_at = q_ptr + (row * all_columns + cols)[None, :] * (2 * HALF) + freq[:, None]
+    q_at = q_ptr + (row * all_columns + head * columns + col)[None, :] * (2 * HALF) + freq[:, None]
     held = real[:, None] & live[None, :]
     q0 = tl.load(q_at, mask=held, other=0.0).to(tl.float32)
     q1 = tl.load(q_at + HALF, mask=held, other=0.0).to(tl.float32)
+    # In units of the largest, so that fp16 holds them whatever the query's size.
     unit = tl.maximum(tl.maximum(_largest(q0), _largest(q1)), 1e-20)
     q0 = q0 / unit
     q1 = q1 / unit
     j = tl.arange(0, T)
     cos = tl.load(cos_ptr + j[:, None] * HALF_P + freq[None, :])
     sin = tl.load(sin_ptr + j[:, None] * HALF_P + freq[None, :])
-    if BIAS:
-        b0 = tl.load(bias_ptr + head * (2 * HALF) + freq, mask=real, other=0.0).to(tl.float32)
-        b1 = tl.load(bias_ptr + head * (2 * HALF) + HALF + freq, mask=real, other=0.0).to(
-            tl.float32
-        )
     channel = start + tl.arange(0, K)
     stored = (channel < x_row)[None, :]  # groups of 8, so that loads stay 16 bytes wide
     u_base = up_ptr + entry * (K + MORE) * (2 * HALF) + freq[None, :]
     u_at = u_base + tl.arange(0, K)[:, None] * (2 * HALF)
     u0 = tl.load(u_at, mask=real[None, :], other=0.0)
     u1 = tl.load(u_at + HALF, mask=real[None, :], other=0.0)
-    if MORE:
-        more = start + K + tl.arange(0, MORE)
-        more_stored = (more < x_row)[None, :]
-        u_at = u_base + (K + tl.arange(0, MORE))[:, None] * (2 * HALF)
-        u0_more = tl.load(u_at, mask=real[None, :], other=0.0)
-        u1_more = tl.load(u_at + HALF, mask=real[None, :], other=0.0)
     x_base = x_ptr + row * x_batch + start
     x_lane = j[:, None] * x_row + tl.arange(0, K)[None, :]
     if MORE:
-        more_lane = j[:, None] * x_row + (K + tl.arange(0, MORE))[None, :]
-    p_base = p_ptr + (row * all_columns + cols).to(tl.int64)[None, :] * p_room
-    begin = (split * per_program).to(tl.int64)
-    tiles = tl.minimum(tl.cdiv(filled, T), begin + per_program) - begin
+        more = tl.arange(0, MORE)
+        more_stored = (start + K + more < x_row)[None, :]
+        u_at = u_base + (K + more)[:, None] * (2 * HALF)
+        u0_more = tl.load(u_at, mask=real[None, :], other=0.0)
+        u1_more = tl.load(u_at + HALF, mask=real[None, :], other=0.0)
+        more_lane = j[:, None] * x_row + (K + more)[None, :]
+    s_base = scores_ptr + (row * all_columns + head * columns + block * COLS) * p_room
+    s_lane = tl.arange(0, COLS)[None, :] * p_room + j[:, None]
+    low = (split * per_program).to(tl.int64)
+    tiles = tl.minimum(tl.cdiv(filled, T), low + per_program) - low
     for step in tl.range(0, tiles, num_stages=STAGES):
-        tile = begin + step
-        slots = tile * T + j
+        tile = low + step
         x_at = x_base + tile * T * x_row
         x = tl.load(x_at + x_lane, mask=stored, other=0.0)
         k0 = tl.dot(x, u0)
@@ -298,28 +288,16 @@ def rebuilt_scores(
             x_more = tl.load(x_at + more_lane, mask=more_stored, other=0.0)
             k0 = tl.dot(x_more, u0_more, k0)
             k1 = tl.dot(x_more, u1_more, k1)
-        if BIAS:
-            k0 += b0[None, :]
-            k1 += b1[None, :]
-        k0 = k0.to(tl.float16)
-        k1 = k1.to(tl.float16)
-        cos_mid = tl.load(cos_mid_ptr + tile * HALF_P + freq)[:, None]
-        sin_mid = tl.load(sin_mid_ptr + tile * HALF_P + freq)[:, None]
-        q0_here = (q0 * cos_mid + q1 * sin_mid).to(tl.float16)
-        q1_here = (q1 * cos_mid - q0 * sin_mid).to(tl.float16)
+        # The sum changes nothing but the code made: conversions then go two at a time.
+        k0 = (k0 + 0.0).to(tl.float16)
+        k1 = (k1 + 0.0).to(tl.float16)
+        cos_at = tl.load(cos_at_ptr + tile * HALF_P + freq)[:, None]
+        sin_at = tl.load(sin_at_ptr + tile * HALF_P + freq)[:, None]
+        q0_here = (q0 * cos_at + q1 * sin_at).to(tl.float16)
+        q1_here = (q1 * cos_at - q0 * sin_at).to(tl.float16)
         scores = tl.dot(k0 * cos - k1 * sin, q0_here)
         scores = tl.dot(k1 * cos + k0 * sin, q1_here, scores)
-        seen = (slots[:, None] < limit[None, :]) & (slots >= first)[:, None]
-        if MASK:
-            m_at = mask_ptr + row * mask_batch + (col % n_query)[None, :] * mask_query
-            seen &= tl.load(m_at + slots[:, None], mask=seen, other=0) != 0
-        scores = tl.where(seen, scores * (scale * unit), float("-inf"))
-        top = tl.max(scores, 0)
-        p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[None, :])
-        tl.store(p_base + slots[:, None], p.to(tl.float16), mask=live[None, :])
-        at = (row * all_columns + cols) * n_tiles + tile
-        tl.store(top_ptr + at, top, mask=live)
-        tl.store(mass_ptr + at, tl.sum(p, 0), mask=live)
+        tl.store(s_base + tile * T + s_lane, scores * (scale * unit), mask=live[None, :])
 
 
 @triton.jit

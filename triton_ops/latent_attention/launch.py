@@ -13,6 +13,7 @@ from triton_ops.latent_attention.layout import ALIGN, PIECE, PIECE_HEADS, power
 from triton_ops.latent_attention.rope import RopeTables
 
 LOG2_E = 1.4426950408889634
+SOFTMAX_COLUMNS = 16  # columns of one program of the softmax
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,7 @@ class Tuning:
         programs: programs that fill the GPU, which sets how often the sequence is split.
     """
 
-    band: Mapping[str, int] = field(
-        default_factory=lambda: {"T": 128, "STAGES": 3, "num_warps": 4}
-    )
+    band: Mapping[str, int] = field(default_factory=lambda: {"T": 128, "STAGES": 3, "num_warps": 4})
     softmax: Mapping[str, int] = field(default_factory=lambda: {"T": 256, "num_warps": 4})
     rebuilt: Mapping[str, int] = field(
         default_factory=lambda: {"T": 64, "STAGES": 3, "num_warps": 4}
@@ -66,45 +65,35 @@ def latent_attention_triton(
         ``[B, H, Q, D]`` in the dtype of q.
     """
     batch, heads, n_query, dim = q.shape
-    room = x.shape[1]  # slots there are: sets the grid
+    room = x.shape[1]  # slots there are: sets the grids
     kv_heads = factors.key_up.shape[0]
     columns = heads // kv_heads * n_query
-    band = factors.band if columns == 1 else None
-    tile = (tuning.rebuilt if band is None else tuning.softmax)["T"]
-    n_tiles = -(-room // tile)
     all_columns = heads * n_query
     device, q = q.device, q.contiguous()
-    p = torch.empty(batch, all_columns, n_tiles * tile, dtype=torch.float16, device=device)
-    top = torch.empty(batch, all_columns, n_tiles, dtype=torch.float32, device=device)
-    mass = torch.empty_like(top)
-    common = (filled, first, filled if mask is None else mask)
     half = dim // 2
     half_p = power(half)
-    has = {"BIAS": factors.key_bias is not None, "MASK": mask is not None}
-    bias = q if factors.key_bias is None else factors.key_bias
     x_row = x.stride(1) // ALIGN
+    scale = scale * LOG2_E
+    band = factors.band if columns == 1 else None
+    segments = all_columns if band is None else band.total
+    scores = torch.empty(batch, segments, room, dtype=torch.float32, device=device)
     if band is not None:
-        step = tuning.band["T"]
-        cos, sin, cos_mid, sin_mid = rope.band(step, room // step, device)
-        scores = torch.empty(batch, band.total, p.shape[-1], dtype=torch.float32, device=device)
-        splits, per = _splits(room // step, len(band.pieces) * batch, tuning.programs)
+        tile = tuning.band["T"]
+        splits, per = _splits(room // tile, len(band.pieces) * batch, tuning.programs)
         kernels.band_scores[(len(band.pieces), splits, batch)](
             q,
             x,
             band.rows,
             band.owner,
             band.pieces,
-            cos,
-            sin,
-            cos_mid,
-            sin_mid,
+            *rope.band(tile, room // tile, device),
             filled,
             scores,
-            scale * LOG2_E,
+            scale,
             x.stride(0),
             x_row,
-            p.shape[-1],
-            band.total,
+            room,
+            segments,
             per,
             heads,
             HALF=half,
@@ -113,72 +102,69 @@ def latent_attention_triton(
             COLS=PIECE_HEADS,
             **tuning.band,
         )
-        cos, sin, cos_mid, sin_mid = rope.rebuilt(tile, n_tiles, device)
-        kernels.band_softmax[(-(-heads // PIECE_HEADS), n_tiles, batch)](
-            q,
-            bias,
-            band.segments,
-            scores,
-            cos,
-            sin,
-            cos_mid,
-            sin_mid,
-            *common,
-            p,
-            top,
-            mass,
-            scale * LOG2_E,
-            0 if mask is None else mask.stride(0),
-            p.shape[-1],
-            n_tiles,
-            band.total,
-            heads,
-            HALF=half,
-            HALF_P=half_p,
-            COLS=PIECE_HEADS,
-            MOST=band.most,
-            **has,
-            **tuning.softmax,
-        )
     else:
-        cos, sin, cos_mid, sin_mid = rope.rebuilt(tile, n_tiles, device)
+        tile = tuning.rebuilt["T"]
         width = min(64, power(columns))
         blocks = -(-columns // width)
         for (k, more), (entries, rows) in factors.buckets.items():
-            splits, per = _splits(n_tiles, len(entries) * blocks * batch, tuning.programs)
+            splits, per = _splits(room // tile, len(entries) * blocks * batch, tuning.programs)
             kernels.rebuilt_scores[(len(entries), splits * blocks, batch)](
                 q,
                 x,
                 rows,
-                bias,
-                cos,
-                sin,
-                cos_mid,
-                sin_mid,
-                *common,
                 entries,
-                p,
-                top,
-                mass,
-                scale * LOG2_E,
+                *rope.rebuilt(tile, room // tile, device),
+                filled,
+                scores,
+                scale,
                 x.stride(0),
                 x_row,
-                0 if mask is None else mask.stride(0),
-                0 if mask is None else mask.stride(1),
-                p.shape[-1],
-                n_tiles,
+                room,
                 per,
                 all_columns,
                 columns,
-                n_query,
                 HALF=half,
                 HALF_P=half_p,
                 K=k,
                 MORE=more,
                 COLS=width,
-                **has,
                 **tuning.rebuilt,
             )
+    tile = tuning.softmax["T"]
+    n_tiles = room // tile
+    p = torch.empty(batch, all_columns, room, dtype=torch.float16, device=device)
+    top = torch.empty(batch, all_columns, n_tiles, dtype=torch.float32, device=device)
+    mass = torch.empty_like(top)
+    bias = factors.key_bias
+    kernels.tile_softmax[(-(-all_columns // SOFTMAX_COLUMNS), n_tiles, batch)](
+        q,
+        q if bias is None else bias,
+        filled if band is None else band.segments,
+        scores,
+        *rope.rebuilt(tile, n_tiles, device),
+        filled,
+        first,
+        filled if mask is None else mask,
+        p,
+        top,
+        mass,
+        scale,
+        0 if mask is None else mask.stride(0),
+        0 if mask is None else mask.stride(1),
+        room,
+        n_tiles,
+        segments,
+        all_columns,
+        columns,
+        n_query,
+        HALF=half,
+        HALF_P=half_p,
+        COLS=SOFTMAX_COLUMNS,
+        MOST=1 if band is None else band.most,
+        BIAS=bias is not None,
+        MASK=mask is not None,
+        **tuning.softmax,
+    )
     total = torch.empty(batch, all_columns, dtype=torch.float32, device=device)
     kernels.tile_weights[(batch * all_columns,)](
         top, mass, total, filled, n_tiles, T=tile, BLOCK=power(min(n_tiles, 1024)), num_warps=1
@@ -199,7 +185,7 @@ def latent_attention_triton(
         z.stride(0),
         z.stride(1) // ALIGN,
         mixed.shape[-1] // ALIGN,
-        p.shape[-1],
+        room,
         n_tiles,
         per,
         all_columns,
