@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,15 +41,16 @@ def test_dense_bytes() -> None:
     [
         ({"ratio": 2.0}, 192),
         ({"ratio": 3.0}, 128),
-        ({"ratio": 1.7}, 225),  # 451.76 bytes: never above
+        ({"ratio": 1.7}, 224),  # 451.76 bytes: never above, and in rows of 16 bytes
         ({"bytes_limit": 384}, 192),
         ({"bytes_limit": 385.9}, 192),
-        ({"bytes_limit": 386}, 193),
+        ({"bytes_limit": 399}, 192),
+        ({"bytes_limit": 400}, 200),
         # A cache grows by whole blocks, and those count: 300 tokens take 512 slots.
         ({"fit": (300, 512 * 384)}, 192),
         ({"fit": (512, 512 * 384)}, 192),
         ({"fit": (300, 512 * 384 * 3), "fit_batch": 3}, 192),
-        ({"fit": (300, 512 * 384 - 1)}, 191),
+        ({"fit": (300, 512 * 384 - 1)}, 184),
     ],
 )
 def test_numbers_for_the_compressed_layers(options: dict[str, Any], numbers: int) -> None:
@@ -81,7 +83,7 @@ def test_fit_counts_windows_as_they_are_held(batch: int) -> None:
     memory = batch * (512 * 2 * 40 + window)
     budget = resolved(spec, fit=(300, memory), fit_batch=batch)
     assert budget == Budget(40, (0, 2))
-    ranks = RankMap((LayerRanks((5, 6), (9,)), None, LayerRanks((5, 6), (9,))))
+    ranks = RankMap((LayerRanks((3, 5), (2,)), None, LayerRanks((3, 4), (9,))))
     assert predict_bytes(spec, ranks, 300, batch) == memory
 
 
@@ -89,23 +91,24 @@ def test_fit_counts_windows_as_they_are_held(batch: int) -> None:
     ("options", "asked"),
     [
         ({"ratio": 30.0}, "ratio 30"),
-        ({"bytes_limit": 29}, "29 bytes per token"),
+        ({"bytes_limit": 95}, "95 bytes per token"),
         ({"fit": (32768, 4096)}, "32768 tokens x 1 in 4096 bytes"),
     ],
 )
 def test_the_floor_is_named(options: dict[str, Any], asked: str) -> None:
-    # 3 layers of 4 key heads and one joint value block, 2 bytes each: 30 bytes.
+    # 3 layers, for each a row of keys and a row of values, 16 bytes a row: 96 bytes.
     with pytest.raises(UserError) as caught:
         resolved(**options)
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(f"budget: {asked} is below the floor")
-    assert "30 bytes per token (ratio 25.60)" in message
-    resolved(bytes_limit=30)
+    assert "96 bytes per token (ratio 8.00)" in message
+    assert "rows are padded to 16 bytes" in message
+    resolved(bytes_limit=96)
 
 
 def test_the_floor_counts_dense_layers() -> None:
-    with pytest.raises(UserError, match=r"1 layers stay dense, which takes 276 bytes"):
+    with pytest.raises(UserError, match=r"1 layers stay dense, which takes 320 bytes"):
         resolved(ratio=3.0, skip_layers=(1,))
 
 
@@ -139,14 +142,16 @@ def test_a_budget_must_be_given() -> None:
 
 
 def test_groups_raise_the_floor() -> None:
-    """One rank for each group: more value groups need more than the joint floor."""
+    """One rank for each group, in whole rows: 12 heads need two, four groups of three need one."""
     from starkv_core.calibrate.loop import budget_for
 
-    start = {"value_group": 1}
-    budget_for(models.recipe(budget={"bytes_per_token": 48}, start=start), SPEC)
-    with pytest.raises(UserError, match="48 bytes per token") as caught:
-        budget_for(models.recipe(budget={"bytes_per_token": 47}, start=start), SPEC)
-    assert "\n" not in str(caught.value)
+    spec = replace(SPEC, n_heads=12, n_kv_heads=12)
+    for key_group, value_group, least in ((1, 0, 144), (1, 1, 192), (3, 1, 144), (3, 3, 96)):
+        start = {"key_group": key_group, "value_group": value_group}
+        budget_for(models.recipe(budget={"bytes_per_token": least}, start=start), spec)
+        with pytest.raises(UserError, match=f"takes {least} bytes per token") as caught:
+            budget_for(models.recipe(budget={"bytes_per_token": least - 1}, start=start), spec)
+        assert "\n" not in str(caught.value)
 
 
 # No statistics: only sizes matter here.
@@ -162,9 +167,15 @@ MAPS = {
 @pytest.mark.parametrize("which", MAPS)
 def test_ratio_and_rate_by_hand(which: str) -> None:
     ranks = MAPS[which]
-    numbers = {"ragged": 32 + 56 + 13, "with dense layers": 32 + 256, "grouped": 36 + 64}[which]
+    # Keys of 27 take 32, of 12 take 16, of 23 take 24; values of 5 and 1 take 8, of 13 take 16.
+    numbers = {
+        "ragged": (32 + 8) + (8 + 48) + (16 + 8),
+        "with dense layers": (32 + 8) + 2 * 128,
+        "grouped": (24 + 16) + 2 * (32 + 8),
+    }[which]
     assert bytes_per_token(SPEC, ranks) == 2 * numbers
     assert cache_ratio(SPEC, ranks) == 768 / (2 * numbers)
+    # The paper counts latents alone.
     kept = {"ragged": 101 / 384, "with dense layers": 32 / 128, "grouped": 100 / 384}[which]
     assert paper_rate(SPEC, ranks) == pytest.approx(1 - kept)
 

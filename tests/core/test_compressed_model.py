@@ -12,6 +12,7 @@ from starkv_core.cache import LatentCache, LatentLayer
 from starkv_core.run import Subject
 from tests import models
 from tests.tolerances import BF16_LATENTS, FP32_LOGITS, FULL_RANK_LOGITS
+from triton_ops.latent_attention import row_width
 
 FAMILIES = list(models.CONFIGS)
 ROPES = {**models.SCALED_ROPES, "theta": {"rope_type": "default", "rope_theta": 77.0}}
@@ -97,14 +98,14 @@ def test_contexts_past_the_first_block() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ragged_ranks_survive_export(family: str) -> None:
-    """Trap 3: ranks differ per head; what is stored per token is their sum, not heads times one."""
+    """Trap 3: ranks differ per head; a row holds their sum, padded, not heads times one."""
     loaded = models.model(family)
     ranks = models.ragged_ranks(loaded)
     subject = models.deployed(loaded, ranks)
     _, cache = cached(subject, models.ids(1, 8), [8])
     for layer in cache.layers:
-        assert layer.keys.shape[-1] == sum(ranks.keys)
-        assert layer.values.shape[-1] == sum(ranks.values)
+        assert layer.keys.shape[-1] == row_width(sum(ranks.keys))
+        assert layer.values.shape[-1] == row_width(sum(ranks.values))
     assert all(layer == ranks for layer in subject.ranks.layers)
 
 
@@ -147,7 +148,7 @@ def test_grouped_decomposition(groups: dict[str, int]) -> None:
     torch.testing.assert_close(decoded, logits(subject, ids), rtol=0, atol=FP32_LOGITS)
     with torch.no_grad():
         wanted = loaded.model(ids).logits
-    # One number per token is missing at this ratio, no more.
+    # One row step of 8 numbers is missing at this ratio, no more.
     assert float((logits(subject, ids) - wanted).norm() / wanted.norm()) < 0.1
 
 

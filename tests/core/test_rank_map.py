@@ -34,6 +34,22 @@ def test_totals() -> None:
 
 
 @pytest.mark.parametrize(
+    ("keys", "values", "stored"),
+    [
+        ((3, 7, 1, 5), (9,), 16 + 16),
+        ((2, 4), (6, 8), 8 + 16),  # rows are padded, not blocks
+        ((1,), (1,), 8 + 8),
+        ((8,), (16,), 8 + 16),
+        ((9,), (17,), 16 + 24),
+    ],
+)
+def test_rows_begin_on_16_bytes(
+    keys: tuple[int, ...], values: tuple[int, ...], stored: int
+) -> None:
+    assert LayerRanks(keys, values).stored == stored
+
+
+@pytest.mark.parametrize(
     "content",
     [None, [], "dense", {}, {"schema": 1}, {"schema": 1, "layers": "dense"}],
 )
