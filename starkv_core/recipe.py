@@ -63,14 +63,12 @@ class ModelSection:
     revision: commit, branch or tag of a hub model.
     dtype: of the frozen weights; auto is the checkpoint's own.
     device_map: as transformers takes it (auto, balanced, ...); null is one device.
-    trust_remote_code: run code that comes with the checkpoint.
     """
 
     name: str | None = None
     revision: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device_map: str | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,6 @@ def load_for(recipe: Recipe, device: str | None = None, model: str | None = None
         device=device,
         device_map=device_map_of(recipe, device),
         revision=m.revision,
-        trust_remote_code=m.trust_remote_code,
     )
 
 

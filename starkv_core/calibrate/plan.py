@@ -89,7 +89,7 @@ def plan(recipe: Recipe, *, device: str | None = None) -> Plan:
     """
     check_source(recipe.data.source)
     m = recipe.model
-    spec, parameters = inspect(m.name, revision=m.revision, trust_remote_code=m.trust_remote_code)
+    spec, parameters = inspect(m.name, revision=m.revision)
     budget = budget_for(recipe, spec)
     kept_dense = (spec.n_layers - len(budget.compressed)) * 2 * spec.kv_width
     after = (budget.numbers + kept_dense) * BYTES_PER_NUMBER

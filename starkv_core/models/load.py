@@ -86,9 +86,8 @@ def load(
     device: str | None = None,
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
-    trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a base model for compression or as a dense baseline.
+    """Load a base model for compression or as a dense baseline; code beside it is never run.
 
     Args:
         name: folder or hub id; None for the embedded model.
@@ -97,7 +96,6 @@ def load(
         device: ``cpu``, ``cuda`` or ``cuda:N``; None picks a GPU where there is one.
         device_map: as in transformers (``auto``, ``balanced``, ...); excludes ``device``.
         revision: branch, tag or commit of a hub id.
-        trust_remote_code: as in transformers.
 
     Raises:
         UserError: nothing there, an unsupported architecture, pickled weights.
@@ -107,7 +105,7 @@ def load(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source, label, common = _source(name, revision, trust_remote_code)
+    source, label, common = _source(name, revision)
     family = family_of(_config(source, label, common), label)
     if device_map is None:
         target = pick_device(device)
@@ -184,9 +182,7 @@ def _without_bars() -> Iterator[None]:
         logging.set_tqdm_hook(before)
 
 
-def inspect(
-    name: str | None, *, revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[ModelSpec, int]:
+def inspect(name: str | None, *, revision: str | None = None) -> tuple[ModelSpec, int]:
     """Spec and number of parameters of a model, from its config alone: no weights are read.
 
     Raises:
@@ -194,18 +190,16 @@ def inspect(
     """
     from transformers import AutoModelForCausalLM
 
-    source, label, common = _source(name, revision, trust_remote_code)
+    source, label, common = _source(name, revision)
     config = _config(source, label, common)
     family = family_of(config, label)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     return family.spec(family.rope(model)), sum(p.numel() for p in model.parameters())
 
 
-def _source(
-    name: str | None, revision: str | None, trust_remote_code: bool
-) -> tuple[str, str, dict[str, Any]]:
+def _source(name: str | None, revision: str | None) -> tuple[str, str, dict[str, Any]]:
     """Where a model lies, what to call it, and the options all of transformers' loaders share."""
     label = name or EMBEDDED_NAME
     source = str(embedded.MODEL_DIR) if label == EMBEDDED_NAME else label
@@ -219,7 +213,8 @@ def _source(
         label,
         {
             "revision": revision,
-            "trust_remote_code": trust_remote_code,
+            # All families are native to transformers. Left out, it would ask at the terminal.
+            "trust_remote_code": False,
             "local_files_only": local,
         },
     )

@@ -178,6 +178,22 @@ def test_unknown_architecture(folder: Path, tmp_path: Path) -> None:
     assert "no-such-kind" in refusal(edit_config(copy, model_type="no-such-kind"))
 
 
+def test_code_beside_a_model_is_never_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run folder may name any model: opening it must not run what somebody put there."""
+    copy = Path(shutil.copytree(folder, tmp_path / "m"))
+    ran = tmp_path / "ran"
+    (copy / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\nModel = Config\n")
+    both = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    monkeypatch.setattr("builtins.input", None)  # nor is anybody asked whether it may
+    edit_config(copy, auto_map=both)
+    load(str(copy), device="cpu")
+    inspect(str(copy))
+    assert "no usable model config" in refusal(edit_config(copy, model_type="no-such-kind"))
+    assert not ran.exists()
+
+
 def test_refused_quantised_weights(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "m"))
     edit_config(copy, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
@@ -230,7 +246,7 @@ def test_a_cached_model_needs_no_hub(
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     monkeypatch.setattr(HfApi, "model_info", None)  # calling it fails, as a dead line does
-    assert _source("owner/model", None, False)[2]["local_files_only"]
+    assert _source("owner/model", None)[2]["local_files_only"]
 
 
 def test_names_that_are_no_hub_ids() -> None:

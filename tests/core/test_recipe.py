@@ -81,6 +81,7 @@ def test_all_faults_at_once() -> None:
             "lr": 3,
             "budget": {"ratio": 0.5, "fit": "32q@1"},
             "data": 3,
+            "model": {"trust_remote_code": True},  # a recipe from elsewhere must not run code
             "start": {"kyes": 3, "skip_layers": [0, "a"], "slack": 0.5},
             "optim": {"lr": "fast", "beta1": 1, "checkpointing": 1, "gamma": float("inf")},
         },
@@ -95,6 +96,7 @@ def test_all_faults_at_once() -> None:
         "method: must be one of star, paper, got 'stra'",
         "seed: must be a whole number, got true",
         "batch: must be at least 1, got 0",
+        "model.trust_remote_code: unknown key; the nearest is model.revision",
         "budget.ratio: must be above 1, got 0.5",
         "budget: give exactly one of ratio, bytes_per_token, fit, got ratio and fit",
         "budget.fit: must be TOKENS@MEMORY such as 32k@8GiB, got '32q@1'",
