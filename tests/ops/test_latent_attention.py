@@ -29,7 +29,7 @@ needs_triton = pytest.mark.skipif(
 BAND = {
     "one-slot": Case(1, 32, (1,), 1, 1),
     "ragged": Case(4, 64, (5, 40, 33, 1), 20, 63, batch=3, bias=True, padded=True),
-    "tile": Case(2, 128, (23, 41), 8, 64, llama3=True, theta=5e5),
+    "full": Case(2, 128, (23, 41), 8, 256, llama3=True, theta=5e5),
     "yarn": Case(2, 96, (11, 64), 37, 65, batch=3, bias=True, factor=1.3, holes=True),
     "pieces": Case(33, 32, (3, *(2, 1, 4) * 10, 5, 7), 9, 130, bias=True, theta=1e6),
     "wide": Case(2, 256, (20, 9), 13, 260, holes=True),
@@ -64,13 +64,13 @@ def test_scores_of_rebuilt_keys(case: Case) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("programs", [1, 8])
+@pytest.mark.parametrize(("programs", "filled"), [(1, 530), (8, 1000)])
 @pytest.mark.parametrize("queries", [1, 2])
-def test_splits_of_the_sequence(queries: int, programs: int) -> None:
-    """Programs that take several tiles, and buffers with room behind the last one used."""
+def test_splits_of_the_sequence(queries: int, programs: int, filled: int) -> None:
+    """Programs that take several tiles; some splits are empty, or all are used."""
     from triton_ops.latent_attention.launch import Tuning, latent_attention_triton
 
-    case = Case(2, 32, (9, 70), 21, 530, batch=2, queries=queries, bias=True, padded=True)
+    case = Case(2, 32, (9, 70), 21, filled, batch=2, queries=queries, bias=True, padded=True)
     call = draw(case, torch.float16, CPU, seed=3, room=1024)
     assert call.first is not None
     got = latent_attention_triton(
