@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,17 +44,9 @@ def room_on(device: torch.device) -> int:
     return 4 << 30
 
 
-def batches() -> Iterable[int]:
-    """Batches tried at equal memory: 1, 2, 4, then multiples of 8."""
-    yield from (1, 2, 4)
-    yield from range(8, 4097, 8)
-
-
 def largest_batch(need_of: Callable[[int], Need], room: int) -> int | None:
     """The largest batch whose need fits into ``room``; None when not even one row does."""
-    best = None
-    for batch in batches():
-        if need_of(batch).total > room:
-            break
-        best = batch
-    return best
+    batch = 0
+    while need_of(batch + 1).total <= room:
+        batch += 1
+    return batch or None

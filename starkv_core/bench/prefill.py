@@ -22,7 +22,7 @@ from starkv_core.run import Subject
 
 DENSE, STARKV = BACKENDS = ("sdpa-default", "starkv")
 _LEAST_RUNS, _MOST_RUNS = 4, 10
-_GATE_PROMPT, _GATE_REST = 80, 16  # tokens; the rest is read back from the cache
+_GATE_PROMPT, _GATE_REST = 48, 8  # tokens; the rest is read back from the cache
 
 
 def cache_bytes(shape: Shape, backend: str, ctx: int, batch: int) -> int:

@@ -207,7 +207,7 @@ def _figure(records: list[Record], path: Path) -> None:
 
     first = records[0]
     series = list(dict.fromkeys(series_of(r) for r in records))
-    figure = Figure(figsize=(1.6 + 4.2 * len(series), 4.0), layout="constrained")
+    figure = Figure(figsize=(1.6 + 4.2 * len(series), 4.2), layout="constrained")
     removed = max(r["removed"] for r in records)
     figure.suptitle(
         f"{first['suite']}: {first['shape']}, {removed:.0%} removed, {first['gpu']}", fontsize=11
@@ -220,13 +220,17 @@ def _figure(records: list[Record], path: Path) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=5, fontsize=8
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=3 * len(series),
+        fontsize=8,
     )
     save_png(figure, path)
 
 
 def _panel(ax: Any, records: list[Record]) -> None:
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     contexts = sorted({r["ctx"] for r in records})
     for backend in dict.fromkeys(r["backend"] for r in records):
@@ -254,6 +258,11 @@ def _panel(ax: Any, records: list[Record]) -> None:
     ax.set_xticks(contexts)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens(round(value))))
     ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.3g}" if value < 1 else f"{value:,.0f}")
+    )
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("tokens in the cache", fontsize=9)
     ax.set_ylabel("tokens/s" if first["suite"] == "decode" else "steps/s", fontsize=9)
     ax.grid(alpha=0.3, which="both")

@@ -15,6 +15,7 @@ import torch
 WARMUP = 3
 LEAST_RUNS, MOST_RUNS = 10, 100
 SECONDS = 0.5  # measured time of one backend in one case
+_CPU_RUNS = 3  # enough to see that it works
 _FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU
 _STREAM_BYTES = 2 << 30  # of the tensors that measure the bandwidth
 _CPU_STREAM_BYTES = 16 << 20
@@ -82,19 +83,20 @@ def _timed(
     least: int = LEAST_RUNS,
     most: int = MOST_RUNS,
 ) -> Timing:
-    step()
-    started = time.perf_counter()
-    step()
-    synchronize(device)
-    seconds = max(time.perf_counter() - started, 1e-6)
-    runs = max(least, min(most, int(SECONDS / seconds)))
     if device.type != "cuda":
         spent = []
-        for _ in range(least):
+        for _ in range(_CPU_RUNS):
             started = time.perf_counter()
             step()
             spent.append((time.perf_counter() - started) * 1e3)
         return summary(spent, graph)
+    step()
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    step()
+    torch.cuda.synchronize(device)
+    seconds = max(time.perf_counter() - started, 1e-6)
+    runs = max(least, min(most, int(SECONDS / seconds)))
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if cold else None
     marks = []
     for _ in range(runs):
