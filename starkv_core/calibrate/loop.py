@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -240,8 +241,6 @@ def run_calibration(
             refuse_existing(run_dir)
 
         loaded = load_for(recipe, device, model)
-        budget = budget_for(recipe, loaded.spec)
-        tokens = calibration_tokens(recipe, loaded.tokenizer)
         if resume:
             manifest = read_manifest(run_dir)
             check_base(run_dir, manifest["base_model"], loaded)
@@ -249,6 +248,16 @@ def run_calibration(
                 settle_factors(run_dir, manifest)
                 shutil.rmtree(run_dir / CALIBRATION, ignore_errors=True)  # killed before it could
                 return CalibrationResult(**manifest["calibration"])
+        budget = budget_for(recipe, loaded.spec)
+        tokens = calibration_tokens(recipe, loaded.tokenizer)
+        token_hash = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        if resume:
+            if manifest.get("tokens_sha256") != token_hash:
+                raise UserError(
+                    f"{run_dir}: {recipe.data.source} gives other tokens than the run was started "
+                    f"on (sha256 {manifest.get('tokens_sha256')}, got {token_hash}); bring that "
+                    "text and tokenizer back, or calibrate anew"
+                )
         else:
             numbers = trained_numbers(recipe, loaded.spec, budget)
             check_disk_space(run_dir, numbers * (_DISK_BYTES if recipe.steps else _DISK_ONE_SHOT))
@@ -260,7 +269,8 @@ def run_calibration(
             }
             with new_run_dir(run_dir) as folder:
                 write_yaml_atomic(folder / RECIPE, recipe.to_dict())
-                manifest = write_manifest(folder, new_manifest(base, recipe.seed), [RECIPE])
+                manifest = new_manifest(base, recipe.seed) | {"tokens_sha256": token_hash}
+                manifest = write_manifest(folder, manifest, [RECIPE])
             held.enter_context(locked(run_dir))
         return _Calibration(recipe, run_dir, loaded, budget, tokens, progress).run(manifest)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import starkv_core.calibrate.loop as loop
 from starkv_core.artifacts import read_manifest, write_yaml_atomic
 from starkv_core.calibrate import run_calibration
 from starkv_core.errors import UserError
@@ -81,6 +82,42 @@ def test_a_finished_run_is_not_trained_again(runs: Path) -> None:
     result = run_calibration(recipe, run, resume=True, device="cpu")
     assert result.to_dict() == read_manifest(run)["calibration"]
     assert {p: p.stat().st_mtime_ns for p in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_finished_run_needs_no_text(runs: Path, gone: bool) -> None:
+    run, text = runs / "whole", runs / "text.txt"
+    if gone:
+        text.unlink()
+    else:
+        text.write_text("other words " * 2000, encoding="utf-8")
+    try:
+        result = run_calibration(load_recipe(run / "recipe.yaml"), run, resume=True, device="cpu")
+    finally:
+        text.write_text(TEXT, encoding="utf-8")
+    assert result.to_dict() == read_manifest(run)["calibration"]
+
+
+def test_another_text_cannot_resume(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training would go on, and the text held out to measure it would have been trained on."""
+    recipe = load_recipe(runs / "recipe.yaml", [f"data.source={tmp_path / 'text.txt'}"])
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(TEXT, encoding="utf-8")
+    with monkeypatch.context() as broken:
+        broken.setattr(loop._Calibration, "step", None)
+        with pytest.raises(TypeError):
+            run_calibration(recipe, run, device="cpu")
+    assert len(read_manifest(run)["tokens_sha256"]) == 64
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    text.write_text(TEXT.replace("fox", "dog"), encoding="utf-8")
+    with pytest.raises(UserError, match="gives other tokens than the run was started") as caught:
+        run_calibration(recipe, run, resume=True, device="cpu")
+    assert "\n" not in str(caught.value)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    text.write_text(TEXT, encoding="utf-8")
+    run_calibration(recipe, run, resume=True, device="cpu")
 
 
 def test_another_recipe_cannot_resume(runs: Path) -> None:
