@@ -26,6 +26,10 @@ def compressed(
 ) -> Iterator[Any]:
     """Run the model with some layers compressed; the base model is back on leaving, come what may.
 
+    Compressed layers take cache slots as positions and do not read ``position_ids``. For the
+    positions that ``generate`` makes, left padding included, scores are the same; packed sequences,
+    whose positions begin anew, and positions with gaps are not supported (docs/design.md, trap 13).
+
     Args:
         loaded: the base model; its weights are shared, not copied.
         layers: for each compressed layer, a function that gives its weights at every forward (a
