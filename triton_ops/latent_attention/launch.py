@@ -31,12 +31,12 @@ class Tuning:
         default_factory=lambda: {"T": 64, "STAGES": 3, "num_warps": 4}
     )
     mix: Mapping[str, int] = field(
-        default_factory=lambda: {"T": 64, "N": 256, "TRANSPOSED": 1, "STAGES": 3, "num_warps": 4}
+        default_factory=lambda: {"T": 128, "N": 128, "TRANSPOSED": 1, "STAGES": 3, "num_warps": 4}
     )
     expand: Mapping[str, int] = field(
-        default_factory=lambda: {"N": 32, "K": 128, "STAGES": 3, "num_warps": 4}
+        default_factory=lambda: {"N": 32, "K": 256, "STAGES": 3, "num_warps": 4}
     )
-    programs: int = 132 * 4
+    programs: int = 528
 
 
 def latent_attention_triton(
