@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DynamicLayer,
     DynamicSlidingWindowLayer,
 )
 
@@ -143,14 +144,16 @@ class _GrowingLayer(CacheLayerMixin):
         self.length = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove ``-tokens_to_remove`` tokens from the end (negative, as transformers has it).
+        """Remove ``-tokens_to_remove`` tokens from the end (a negative number or 0).
 
-        A positive number is transformers' older meaning: the length to keep.
+        What a positive number does is up to the installed transformers, as it is for the windows of
+        the same cache: ValueError, or in older versions the length to keep.
         """
-        if tokens_to_remove > 0:
-            self.length = min(self.length, tokens_to_remove)
-        else:
-            self.length = max(0, self.length + tokens_to_remove)
+        like = DynamicLayer()
+        like.keys = like.values = torch.empty(1, 1, self.length, 1, device="meta")
+        like.is_initialized = True
+        like.crop(tokens_to_remove)
+        self.length = like.keys.shape[-2]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes row ``beam_idx[i]``."""

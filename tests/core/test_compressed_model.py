@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from starkv_core.attention import padded_index
 from starkv_core.budget import predict_bytes
-from starkv_core.cache import LatentCache, LatentLayer
+from starkv_core.cache import DenseLayer, LatentCache, LatentLayer, WindowLayer
 from starkv_core.run import Subject
 from tests import models
 from tests.tolerances import BF16_LATENTS, FP32_LOGITS, FULL_RANK_LOGITS
@@ -236,6 +238,28 @@ def test_reorder_select_repeat_and_crop() -> None:
         ]
     wanted = logits(subject, torch.cat([rows, new], 1))[:, 25:]
     torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=0, atol=FP32_LOGITS)
+
+
+@pytest.mark.parametrize("tokens_to_remove", [-31, -30, -5, 0, 5, 30, 31])
+def test_crop_is_that_of_the_installed_transformers(tokens_to_remove: int) -> None:
+    """A positive number is refused by some versions and the length to keep in others."""
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    loaded = models.model("qwen2", layer_types=kinds, use_sliding_window=True, sliding_window=64)
+    subject = models.deployed(loaded, start={"slack": 0, "skip_layers": [0]}, budget={"ratio": 1.2})
+    kinds_held = [type(layer) for layer in subject.new_cache().layers]
+    assert kinds_held == [DenseLayer, WindowLayer, LatentLayer]
+
+    def cropped(cache: Cache) -> list[int] | None:
+        with subject.active() if isinstance(cache, LatentCache) else nullcontext():
+            loaded.model(models.ids(1, 30), past_key_values=cache)
+        try:
+            cache.crop(tokens_to_remove)
+        except ValueError:
+            return None
+        return [layer.get_seq_length() for layer in cache.layers]
+
+    with torch.no_grad():
+        assert cropped(subject.new_cache()) == cropped(DynamicCache())
 
 
 def test_append_is_in_place() -> None:
