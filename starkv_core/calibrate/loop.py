@@ -321,7 +321,7 @@ class _Calibration:
         done = 0
         state = load_state(self.run_dir, self.student, self.optimizer)
         if state is not None:
-            done, self.frozen, self.shift = state["step"], state["frozen"], state["shift"]
+            done, self.frozen = state["step"], state["frozen"]
         self.truncate_metrics(done)
         for alpha in self.alphas():
             alpha.requires_grad_(not self.frozen)
@@ -345,7 +345,6 @@ class _Calibration:
                     scalars = {
                         "step": step + 1,
                         "frozen": self.frozen,
-                        "shift": self.shift,
                         "seconds": now - self.began,
                         "training_seconds": now - began,
                     }
