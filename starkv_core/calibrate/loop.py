@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from starkv_core.gate import opened
 from starkv_core.models.load import LoadedModel, load
 from starkv_core.models.spec import ModelSpec
 from starkv_core.progress import SILENT, Progress
+from starkv_core.provenance import git_commit, versions
 from starkv_core.rank_map import LayerRanks, RankMap
 from starkv_core.recipe import Recipe, load_recipe
 from starkv_core.run import (
@@ -97,7 +99,8 @@ class CalibrationResult:
         kl: mean KL of the deployed model to the base model on text kept out of training, in nats;
             None after an export.
         seconds: statistics and decomposition included; tokens trained on; tokens_per_second: while
-            training. All over every attempt of a resumed run, but for work that was lost.
+            training. All over every attempt of a resumed run, but for work that was lost; no seconds
+            and no tokens of an export.
         peak_memory: bytes, over all GPUs used, of the last attempt.
     """
 
@@ -108,7 +111,7 @@ class CalibrationResult:
     ratio: float
     paper_rate: float
     kl: float | None
-    seconds: float
+    seconds: float | None
     tokens: int
     tokens_per_second: float | None
     peak_memory: int | None
@@ -136,7 +139,9 @@ class CalibrationResult:
             )
         if self.peak_memory is not None:
             rows.append(("peak GPU memory", f"{self.peak_memory / 2**30:.2f} GiB"))
-        return [*rows, ("time", f"{self.seconds:.1f} s")]
+        if self.seconds is not None:
+            rows.append(("time", f"{self.seconds:.1f} s"))
+        return rows
 
 
 def load_for(recipe: Recipe, device: str | None = None, model: str | None = None) -> LoadedModel:
@@ -247,7 +252,9 @@ def run_calibration(
             if FACTORS in manifest["files"]:
                 settle_factors(run_dir, manifest)
                 shutil.rmtree(run_dir / CALIBRATION, ignore_errors=True)  # killed before it could
-                return CalibrationResult(**manifest["calibration"])
+                exported = "export" in manifest
+                shown = manifest["export"]["result"] if exported else manifest["calibration"]
+                return CalibrationResult(**shown)
         budget = budget_for(recipe, loaded.spec)
         tokens = calibration_tokens(recipe, loaded.tokenizer)
         token_hash = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
@@ -526,7 +533,8 @@ class _Calibration:
         self, manifest: dict[str, Any], seconds: float, rate: float | None
     ) -> CalibrationResult:
         peak = sum(torch.cuda.max_memory_allocated(device) for device in self.gpus()) or None
-        write_ranks(self.run_dir, self.student.ranks())
+        ranks = self.student.ranks()
+        write_ranks(self.run_dir, ranks)
         subject = export(self.run_dir, self.student)
         result = _result(
             subject,
@@ -537,7 +545,8 @@ class _Calibration:
             tokens_per_second=rate,
             peak_memory=peak,
         )
-        commit_factors(self.run_dir, {**manifest, "calibration": result.to_dict()})
+        records = {"calibration": result.to_dict(), "trained_ranks": _ranks_hash(ranks)}
+        commit_factors(self.run_dir, manifest | records)
         shutil.rmtree(self.run_dir / CALIBRATION, ignore_errors=True)
         return result
 
@@ -601,12 +610,19 @@ def _export_run(run_dir: Path, device: str | None, model: str | None) -> Calibra
         subject,
         recipe.method,
         kl=None,
-        seconds=0.0,
+        seconds=None,
         tokens=0,
         tokens_per_second=None,
         peak_memory=None,
     )
-    commit_factors(run_dir, {**manifest, "calibration": result.to_dict()})
+    exported = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "versions": versions(),
+        "ranks_edited": _ranks_hash(ranks) != manifest.get("trained_ranks"),
+        "result": result.to_dict(),
+    }
+    commit_factors(run_dir, manifest | {"export": exported})
     return result
 
 
@@ -656,6 +672,11 @@ def _result(subject: Subject, method: str, **rest: Any) -> CalibrationResult:
         paper_rate=paper_rate(subject.spec, subject.ranks),
         **rest,
     )
+
+
+def _ranks_hash(ranks: RankMap) -> str:
+    """Checksum of a rank map, whatever the layout of its file."""
+    return hashlib.sha256(json.dumps(ranks.to_dict()).encode()).hexdigest()
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:

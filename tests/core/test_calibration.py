@@ -471,7 +471,8 @@ def logits(loaded: LoadedModel, student: Student, ids: torch.Tensor) -> torch.Te
 @pytest.mark.parametrize("method", ["star", "paper"])
 def test_edited_ranks_are_exported(make: Any, tmp_path: Path, method: str) -> None:
     run_dir = tmp_path / "run"
-    calibrate(make(method=method, steps=3, rank_steps=1), run_dir)
+    trained_run = calibrate(make(method=method, steps=3, rank_steps=1), run_dir)
+    trained_ranks = ranks_of(run_dir)
     with edited(run_dir) as layers:
         layers[0]["keys"][1] -= 1
         layers[0]["keys"][0] += 1
@@ -489,6 +490,7 @@ def test_edited_ranks_are_exported(make: Any, tmp_path: Path, method: str) -> No
     assert result.bytes_per_token == sum(2 * (-(-n // 8) * 8) for n in totals)
     assert result.paper_rate == pytest.approx(1 - sum(totals) / 96)
     assert result.kl is None
+    assert "time" not in dict(result.rows())
 
     # The trained form, cut by hand: thresholds between the components wanted and the others.
     subject = open_subject(str(run_dir), device="cpu")
@@ -507,6 +509,19 @@ def test_edited_ranks_are_exported(make: Any, tmp_path: Path, method: str) -> No
         deployed = model(ids, use_cache=False).logits
     trained = logits(loaded, Student(loaded, layers_now, settings), ids)
     torch.testing.assert_close(deployed, trained, rtol=0, atol=FP32_LOGITS)
+
+    # What training did stays on record; a finished run that is resumed shows what is deployed.
+    assert manifest["calibration"] == trained_run.to_dict()
+    assert set(manifest["export"]) == {"created", "commit", "versions", "ranks_edited", "result"}
+    assert manifest["export"]["ranks_edited"] is True
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    assert calibrate(recipe, run_dir, resume=True) == result
+    with edited(run_dir) as layers:
+        layers[:] = trained_ranks
+    export_run(run_dir, device="cpu")
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    assert manifest["export"]["ranks_edited"] is False
+    assert manifest["calibration"] == trained_run.to_dict()
 
 
 def test_one_process_at_a_time(make: Any, tmp_path: Path) -> None:
