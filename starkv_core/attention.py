@@ -123,7 +123,7 @@ def _normalised(weights: LatentWeights, keys: torch.Tensor, eps: float) -> torch
 def _real_channels(index: torch.Tensor) -> torch.Tensor:
     """Bool ``[H_kv, r]``: False where ``key_index`` is padding (0 out of its own place)."""
     real = index != 0
-    real[0, 0] = True
+    real[:, 0] = True  # heads of the first group all begin there
     return real
 
 

@@ -13,6 +13,7 @@ from triton_ops.latent_attention.layout import ALIGN, PIECE, PIECE_HEADS, power
 from triton_ops.latent_attention.rope import RopeTables
 
 LOG2_E = 1.4426950408889634
+_MOST_SPLITS = 64
 SOFTMAX_COLUMNS = 16  # columns of one program of the softmax
 
 
@@ -22,7 +23,7 @@ class Tuning:
 
     Attributes:
         band, softmax, rebuilt, mix, expand: keyword arguments of a launch, Triton's own included.
-        programs: programs that fill the GPU, which sets how often the sequence is split.
+        slots: programs that run at once, which sets how often the sequence is split.
     """
 
     band: Mapping[str, int] = field(default_factory=lambda: {"T": 128, "STAGES": 3, "num_warps": 4})
@@ -36,7 +37,7 @@ class Tuning:
     expand: Mapping[str, int] = field(
         default_factory=lambda: {"N": 32, "K": 256, "STAGES": 3, "num_warps": 4}
     )
-    programs: int = 528
+    slots: int = 264
 
 
 def latent_attention_triton(
@@ -79,7 +80,7 @@ def latent_attention_triton(
     scores = torch.empty(batch, segments, room, dtype=torch.float32, device=device)
     if band is not None:
         tile = tuning.band["T"]
-        splits, per = _splits(room // tile, len(band.pieces) * batch, tuning.programs)
+        splits, per = _splits(room // tile, len(band.pieces) * batch, tuning.slots)
         kernels.band_scores[(len(band.pieces), splits, batch)](
             q,
             x,
@@ -107,7 +108,7 @@ def latent_attention_triton(
         width = min(64, power(columns))
         blocks = -(-columns // width)
         for (k, more), (entries, rows) in factors.buckets.items():
-            splits, per = _splits(room // tile, len(entries) * blocks * batch, tuning.programs)
+            splits, per = _splits(room // tile, len(entries) * blocks * batch, tuning.slots)
             kernels.rebuilt_scores[(len(entries), splits * blocks, batch)](
                 q,
                 x,
@@ -174,7 +175,7 @@ def latent_attention_triton(
     width = min(64, power(all_columns))
     parts = -(-value_room // mix["N"]) * -(-all_columns // width)
     n_value_tiles = -(-room // mix["T"])
-    splits, per = _splits(n_value_tiles, parts * batch, tuning.programs)
+    splits, per = _splits(n_value_tiles, parts * batch, tuning.slots)
     mixed = torch.empty(batch, splits, all_columns, value_room, dtype=torch.float32, device=device)
     kernels.mix_values[(parts, splits, batch)](
         p,
@@ -217,8 +218,18 @@ def latent_attention_triton(
     return out.view(batch, heads, n_query, dim)
 
 
-def _splits(tiles: int, others: int, programs: int) -> tuple[int, int]:
-    """Splits of a sequence of ``tiles`` so that about ``programs`` run, and tiles of each."""
-    wanted = max(1, min(tiles, programs // max(1, others)))
+def _splits(tiles: int, others: int, slots: int) -> tuple[int, int]:
+    """Splits of a sequence of ``tiles`` that waste least of the last wave, and tiles of each.
+
+    Args:
+        others: programs for each split.
+        slots: programs that run at once.
+    """
+
+    def cost(splits: int) -> float:
+        # Waves times the length of one, and what starting a program costs.
+        return -(-others * splits // slots) / splits * (1 + 0.01 * splits)
+
+    wanted = min(range(1, min(tiles, _MOST_SPLITS) + 1), key=cost)
     per = -(-tiles // wanted)
     return -(-tiles // per), per
