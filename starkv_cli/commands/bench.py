@@ -44,7 +44,9 @@ def bench(
         str | None,
         typer.Option(help="decode at equal memory: each side at the largest batch, such as 80GiB."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
+    dtype: Annotated[
+        str | None, typer.Option(help="float16 or bfloat16. Default: float16; of a RUN, bfloat16.")
+    ] = None,
     backend: Annotated[
         str | None,
         typer.Option(help="Of latent attention: reference or triton. Default: the best there is."),

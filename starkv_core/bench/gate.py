@@ -9,8 +9,8 @@ import torch
 # Largest relative error of an attention output against float64, by dtype (issue: scores, outputs).
 OUTPUT_LIMIT = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # Of the logits of a whole model against another kernel of the same dtype: both round in every
-# layer, and the differences add up over some thirty layers.
-LOGITS_LIMIT = {torch.float16: 2e-2, torch.bfloat16: 8e-2, torch.float32: 1e-3}
+# layer. Over 32 small random layers the dense kernels differ by 1e-3 and 9e-3.
+LOGITS_LIMIT = {torch.float16: 1.5e-2, torch.bfloat16: 4e-2}
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

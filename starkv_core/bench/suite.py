@@ -56,7 +56,8 @@ class BenchOptions:
         contexts, batches: None for those of the suite.
         memory: bytes; ``decode`` then compares each side at the largest batch that fits into them,
             beside the batches if those are given.
-        dtype: ``float16`` or ``bfloat16``.
+        dtype: ``float16``, ``bfloat16``, or None: float16, but bfloat16 for a run, whose weights
+            may not fit float16.
         backend: of latent attention: ``reference``, ``triton``, or None for the best there is.
         device: as in :func:`starkv_core.models.load.pick_device`.
         scale_down: shrink everything so far that a CPU can run it.
@@ -67,7 +68,7 @@ class BenchOptions:
     contexts: tuple[int, ...] | None = None
     batches: tuple[int, ...] | None = None
     memory: int | None = None
-    dtype: str = "float16"
+    dtype: str | None = None
     backend: str | None = None
     device: str | None = None
     scale_down: bool = False
@@ -76,7 +77,7 @@ class BenchOptions:
         faults = []
         if self.suite not in (*SUITES, "all"):
             faults.append(f"suite {self.suite!r}: use {', '.join(SUITES)} or all")
-        if self.dtype not in _DTYPES:
+        if self.dtype not in (None, *_DTYPES):
             faults.append(f"dtype {self.dtype!r}: use {' or '.join(_DTYPES)}")
         for name, given in (("ctx", self.contexts), ("batch", self.batches)):
             if given is not None and (not given or min(given) < 1):
@@ -188,7 +189,9 @@ class _Bench:
         progress: Progress,
     ) -> None:
         self.shape, self.device, self.room = shape, device, room
-        self.op_backend, self.dtype, self.progress = op_backend, _DTYPES[options.dtype], progress
+        self.op_backend, self.progress = op_backend, progress
+        dtype = options.dtype or ("float16" if shape.config is not None else "bfloat16")
+        self.dtype = _DTYPES[dtype]
         self.dense: Subject | None = None
         self.compressed: Subject | None = None
         self.passed: set[tuple[str, str, int]] = set()
@@ -199,7 +202,7 @@ class _Bench:
         self.common = {
             "run": f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}",
             "shape": shape.name,
-            "dtype": options.dtype,
+            "dtype": dtype,
             "bandwidth": self.bandwidth,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none (CPU)",
             "torch": torch.__version__,
