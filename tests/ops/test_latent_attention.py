@@ -64,9 +64,9 @@ def test_scores_of_rebuilt_keys(case: Case) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(("programs", "filled"), [(1, 530), (8, 1000)])
+@pytest.mark.parametrize(("at_once", "filled"), [(1, 530), (64, 1000)])
 @pytest.mark.parametrize("queries", [1, 2])
-def test_splits_of_the_sequence(queries: int, programs: int, filled: int) -> None:
+def test_splits_of_the_sequence(queries: int, at_once: int, filled: int) -> None:
     """Programs that take several tiles; some splits are empty, or all are used."""
     from triton_ops.latent_attention.launch import Tuning, latent_attention_triton
 
@@ -83,9 +83,22 @@ def test_splits_of_the_sequence(queries: int, programs: int, filled: int) -> Non
         call.first,
         None,
         case.dim**-0.5,
-        Tuning(programs=programs),
+        Tuning(slots=at_once),
     )
     assert relative_error(got, call.exact()) < FP16_OP
+
+
+@needs_triton
+@pytest.mark.parametrize("tiles", [1, 7, 32, 256, 1024])
+@pytest.mark.parametrize("others", [1, 10, 160, 272, 3000])
+def test_splits_cover_the_sequence_and_fill_waves(tiles: int, others: int) -> None:
+    from triton_ops.latent_attention.launch import _splits
+
+    splits, per = _splits(tiles, others, 264)
+    assert (splits - 1) * per < tiles <= splits * per
+    waves = -(-others * splits // 264)
+    # Never worse than one program for the whole sequence, in waves times tiles of each.
+    assert waves * per <= -(-others // 264) * tiles
 
 
 @needs_triton
