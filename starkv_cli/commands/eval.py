@@ -76,6 +76,7 @@ def evaluate(
     from starkv_core.eval.perplexity import MODES
     from starkv_core.eval.report import EvalOptions
     from starkv_core.eval.report import evaluate as run
+    from starkv_core.eval.text import check_eval_text
     from starkv_core.run import open_subject
 
     options = EvalOptions(
@@ -96,6 +97,7 @@ def evaluate(
     )
     if out is not None and out.exists():
         raise UserError(f"{out} already exists; give another --out")
+    check_eval_text(text)
     opened = open_subject(
         subject,
         device=device,

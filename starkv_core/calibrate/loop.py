@@ -47,7 +47,7 @@ from starkv_core.calibrate.distill import distillation_loss
 from starkv_core.calibrate.start import build_start, gate_settings, group_sizes
 from starkv_core.calibrate.state import load_start, load_state, save_start, save_state
 from starkv_core.calibrate.student import Student, checkpointed
-from starkv_core.data.corpus import documents
+from starkv_core.data.corpus import check_source, documents
 from starkv_core.data.packing import pack
 from starkv_core.errors import RunFailure, UserError
 from starkv_core.factors import TrainedFactors, TrainedLayer
@@ -242,12 +242,14 @@ def run_calibration(
                     f"{run_dir}: was started with another recipe than the one given; "
                     "leave --recipe and --set out to resume it, or give another --out"
                 )
+            manifest = read_manifest(run_dir)
         else:
             refuse_existing(run_dir)
+        if not resume or FACTORS not in manifest["files"]:
+            check_source(recipe.data.source)
 
         loaded = load_for(recipe, device, model)
         if resume:
-            manifest = read_manifest(run_dir)
             check_base(run_dir, manifest["base_model"], loaded)
             if FACTORS in manifest["files"]:
                 settle_factors(run_dir, manifest)

@@ -82,7 +82,7 @@ class Plan:
 def plan(recipe: Recipe, *, device: str | None = None) -> Plan:
     """Plan a calibration from the model's config alone; no weights and no data are read.
 
-    A text that is missing is told, one that is too short is not.
+    A text that is missing, empty or not UTF-8 is told, one that is too short is not.
 
     Raises:
         UserError: whatever :func:`starkv_core.calibrate.run_calibration` would refuse of these.

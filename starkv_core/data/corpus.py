@@ -23,9 +23,9 @@ _TWO_EMPTY_LINES: Final = re.compile(r"\n[ \t]*\n[ \t]*\n\s*")
 
 
 def check_source(source: str) -> None:
-    """Whether ``source`` can be read at all, told without reading it; a hub is not asked.
+    """Whether ``source`` can be read at all, told before a model is loaded; a hub is not asked.
 
-    UserError: a folder, a missing file, or a file of another kind.
+    UserError: a folder, a missing or empty file, text that is not UTF-8, or a file of another kind.
     """
     path = BUILTIN.get(source, Path(source))
     if path.is_dir():
@@ -33,6 +33,11 @@ def check_source(source: str) -> None:
     if path.suffix.lower() in (".txt", *_LOADERS):
         if not path.exists():
             raise UserError(f"{source}: no such file")
+        if path.suffix.lower() == ".parquet":
+            if path.stat().st_size == 0:
+                raise _empty(source)
+        elif source not in BUILTIN:
+            check_text_file(path)
     elif source not in BUILTIN and (path.exists() or source.startswith((".", "/", "~"))):
         raise UserError(f"{source}: not a .txt, .jsonl or .parquet file, nor a hub data set")
 
@@ -68,7 +73,11 @@ def _not_empty(found: Iterable[str], source: str) -> Iterator[str]:
             any_text = True
             yield text.strip("\n")
     if not any_text:
-        raise UserError(f"{source}: empty; it holds no text to read")
+        raise _empty(source)
+
+
+def _empty(source: str | Path) -> UserError:
+    return UserError(f"{source}: empty; it holds no text to read")
 
 
 def _texts(rows: Iterable[Mapping[str, Any]], source: str, field: str) -> Iterator[str]:
@@ -85,10 +94,6 @@ def _texts(rows: Iterable[Mapping[str, Any]], source: str, field: str) -> Iterat
 
 
 def _local_rows(path: Path, suffix: str) -> Iterator[Mapping[str, Any]]:
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: empty; it holds no text to read")
-    if suffix == ".jsonl":
-        _check_utf8(path)
     return _rows(_LOADERS[suffix], str(path), data_files=str(path), split="train")
 
 
@@ -118,20 +123,31 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _check_utf8(path: Path) -> None:
+def check_text_file(path: Path) -> None:
+    """Read a text file through, a piece at a time.
+
+    UserError: unreadable, not UTF-8 (with the offset of the first bad byte), or nothing but spaces.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
-    with open(path, "rb") as file:
+    offset, blank = 0, True
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with file:
         while True:
             chunk = file.read(1 << 20)
             pending = len(decoder.getstate()[0])
             try:
-                decoder.decode(chunk, final=not chunk)
+                text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{path}: not UTF-8 text (byte {offset - pending + error.start}); "
                     "convert it first"
                 ) from None
+            blank = blank and not text.removeprefix("\ufeff").strip()
             if not chunk:
-                return
+                break
             offset += len(chunk)
+    if blank:
+        raise _empty(path)

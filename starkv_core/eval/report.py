@@ -91,9 +91,11 @@ class EvalOptions:
         ]
         faults += [
             f"{name} {getattr(self, name)}: must be 1 or more"
-            for name in ("prompts", "batch")
-            if getattr(self, name) < 1
+            for name in ("windows", "prompts", "batch")
+            if getattr(self, name) is not None and getattr(self, name) < 1
         ]
+        if self.window < 2:
+            faults.append(f"window {self.window}: at least 2 tokens are needed to predict one")
         if faults:
             raise UserError.many("eval", faults)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from starkv_core.artifacts import read_text
-from starkv_core.data.corpus import documents
+from starkv_core.data.corpus import check_source, check_text_file, documents
 from starkv_core.errors import UserError
 
 BUILTIN = "builtin"
@@ -51,6 +51,24 @@ def is_endless(source: str) -> bool:
     return source != BUILTIN and not Path(source).exists()
 
 
+def check_eval_text(source: str) -> None:
+    """Whether ``source`` can be read at all, told before a model is loaded; a hub is not asked.
+
+    Raises:
+        UserError: missing, empty or not UTF-8.
+    """
+    if _is_plain(source):
+        check_text_file(Path(source))
+    elif source != BUILTIN:
+        check_source(source)
+
+
+def _is_plain(source: str) -> bool:
+    """Whether ``source`` is a file to read as one string, whatever it is called."""
+    path = Path(source)
+    return source != BUILTIN and path.is_file() and path.suffix.lower() not in _BY_DOCUMENTS
+
+
 def read_eval_text(
     tokenizer: Any,
     source: str = BUILTIN,
@@ -79,7 +97,7 @@ def read_eval_text(
         text = "\n\n".join(parts)
         ids = [token for part in parts for token in _ended(tokenizer, part)]
         join = "documents each closed by the end token"
-    elif Path(source).exists() and Path(source).suffix.lower() not in _BY_DOCUMENTS:
+    elif _is_plain(source):
         text, join = read_text(source), "whole file as one string"
         if not text.strip():
             raise UserError(f"{source}: empty; it holds no text to read")

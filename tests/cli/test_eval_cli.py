@@ -132,6 +132,7 @@ def test_plain_model_writes_nothing_and_json_is_alone_on_stdout(
         (["--lengths", "256,many"], ["--lengths", "256,many"]),
         (["--depths", "0,1.5"], ["1.5", "0 to 1"]),
         (["--prompts", "0", "--batch", "0"], ["prompts 0", "batch 0"]),
+        (["--window", "1", "--windows", "0"], ["window 1: at least 2", "windows 0", "1 or more"]),
         (["--window", "2000"], ["2000", "1024"]),
         (["--tasks", "passkey", "--lengths", "2000"], ["2000", "1024"]),
         (["--text", "not/here/at-all.txt"], ["not/here/at-all.txt", "no such file"]),
