@@ -97,8 +97,9 @@ def test_splits_cover_the_sequence_and_fill_waves(tiles: int, others: int) -> No
     splits, per = _splits(tiles, others, 264)
     assert (splits - 1) * per < tiles <= splits * per
     waves = -(-others * splits // 264)
-    # Never worse than one program for the whole sequence, in waves times tiles of each.
-    assert waves * per <= -(-others // 264) * tiles
+    for other in range(1, min(tiles, 64) + 1):  # none ends sooner
+        each = -(-tiles // other)
+        assert waves * (per + 1) <= -(-others * -(-tiles // each) // 264) * (each + 1)
 
 
 @needs_triton

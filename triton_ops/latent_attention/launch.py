@@ -219,17 +219,18 @@ def latent_attention_triton(
 
 
 def _splits(tiles: int, others: int, slots: int) -> tuple[int, int]:
-    """Splits of a sequence of ``tiles`` that waste least of the last wave, and tiles of each.
+    """Splits of a sequence of ``tiles`` that end soonest, and tiles of each.
 
     Args:
         others: programs for each split.
         slots: programs that run at once.
     """
 
-    def cost(splits: int) -> float:
-        # Waves times the length of one, and what starting a program costs.
-        return -(-others * splits // slots) / splits * (1 + 0.01 * splits)
+    def length(splits: int) -> int:
+        per = -(-tiles // splits)
+        waves = -(-others * -(-tiles // per) // slots)
+        return waves * (per + 1)  # starting a program takes about as long as a tile
 
-    wanted = min(range(1, min(tiles, _MOST_SPLITS) + 1), key=cost)
+    wanted = min(range(1, min(tiles, _MOST_SPLITS) + 1), key=length)
     per = -(-tiles // wanted)
     return -(-tiles // per), per
