@@ -206,6 +206,8 @@ def _source(name: str | None, revision: str | None) -> tuple[str, str, dict[str,
     local = Path(source).is_dir()
     if not local and _is_path(source):
         raise UserError(f"{label}: no such model folder, and no run")
+    if local and not (Path(source) / _CONFIG).is_file():
+        raise UserError(f"{label}: neither a run (manifest.json) nor a model ({_CONFIG})")
     if not local:
         local = _only_cached(source, revision)
     return (

@@ -255,7 +255,8 @@ def test_names_that_are_no_hub_ids() -> None:
 
 def test_folder_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
-    assert "no usable model config" in refusal(tmp_path / "m")
+    message = refusal(tmp_path / "m")
+    assert message.endswith("m: neither a run (manifest.json) nor a model (config.json)")
 
 
 def test_malformed_config(folder: Path, tmp_path: Path) -> None:
