@@ -133,7 +133,7 @@ def resolve_budget(
             for window in spec.windows.values()
         )
         limit = (memory / fit_batch + spared * BYTES_PER_NUMBER) / slots(tokens)
-        asked = f"{tokens} tokens x {fit_batch} in {memory} bytes"
+        asked = f"{tokens} tokens x {fit_batch} in {memory / 2**20:.4g} MiB"
     else:
         raise UserError("budget: give one of ratio, bytes_per_token, fit")
 
@@ -147,10 +147,11 @@ def resolve_budget(
     floor = len(compressed) * sum(map(row_width, blocks or (spec.n_kv_heads, 1)))
     if numbers < floor:
         least = (floor + kept_dense) * BYTES_PER_NUMBER
+        left = spec.n_layers - len(compressed)
+        staying = f", {left} layer{' stays' if left == 1 else 's stay'} dense" if left else ""
         raise UserError(
             f"budget: {asked} is below the floor: every factorisation keeps a rank of 1, "
-            f"rows are padded to {ROW_STEP * BYTES_PER_NUMBER} bytes and "
-            f"{spec.n_layers - len(compressed)} layers stay dense, which takes {least} bytes per "
-            f"token (ratio {dense / least:.2f}); raise the budget"
+            f"rows are padded to {ROW_STEP * BYTES_PER_NUMBER} bytes{staying}, which takes {least} "
+            f"bytes per token (ratio {dense / least:.2f}); raise the budget"
         )
     return Budget(numbers // ROW_STEP * ROW_STEP, compressed)

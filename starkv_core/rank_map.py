@@ -99,8 +99,8 @@ class RankMap:
             for name, ranks in (("key", layer.keys), ("value", layer.values)):
                 if spec.n_kv_heads % len(ranks):
                     faults.append(
-                        f"layer {i}: {len(ranks)} {name} ranks do not divide "
-                        f"{spec.n_kv_heads} heads"
+                        f"layer {i}: {len(ranks)} {name} ranks do not divide {spec.n_kv_heads} "
+                        f"heads; expected {_divisors(spec.n_kv_heads)}"
                     )
                     continue
                 full = min(spec.hidden, spec.head_dim * (spec.n_kv_heads // len(ranks)))
@@ -117,6 +117,12 @@ def _is_rank(value: Any) -> bool:
 def _ranks(value: Any) -> tuple[int, ...]:
     found = value if isinstance(value, list) else [value]
     return tuple(found) if all(map(_is_rank, found)) else ()
+
+
+def _divisors(heads: int) -> str:
+    """How many ranks a layer's keys or values may have: one for each group of heads."""
+    found = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+    return " or ".join(filter(None, (", ".join(found[:-1]), found[-1])))
 
 
 def _plain(ranks: tuple[int, ...]) -> int | list[int]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from starkv_core.eval.retrieval import RetrievalResult
+from starkv_core.eval.retrieval import TITLES, RetrievalResult
 from starkv_core.figures import save_png
-
-_TITLES = {"passkey": "pass-key", "kv": "key-value"}
 
 
 def retrieval_heatmap(
@@ -45,7 +43,7 @@ def retrieval_heatmap(
                         x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=ink
                     )
             ax.set_title(
-                f"{_TITLES.get(task, task)}, {subject}: {100 * result.accuracy:.1f}%", fontsize=10
+                f"{TITLES[task]}, {subject}: {100 * result.accuracy:.1f}%", fontsize=10
             )
             ax.set_xticks(range(len(result.lengths)), [str(n) for n in result.lengths])
             ax.set_yticks(range(len(result.depths)), [f"{100 * d:g}%" for d in result.depths])

@@ -28,6 +28,7 @@ from starkv_core.eval.retrieval import (
     TASKS as RETRIEVAL,
 )
 from starkv_core.eval.retrieval import (
+    TITLES,
     RetrievalGrid,
     RetrievalResult,
     check_grid,
@@ -137,11 +138,12 @@ class Report:
         rows = []
         for mode, result in first.perplexity.items():
             label = f"perplexity ({mode}, {result.windows} x {result.window} tokens)"
-            rows.append([label, *(f"{f.perplexity[mode].ppl:.4g}" for f in figures)])
+            rows.append([label, *(f"{f.perplexity[mode].ppl:.2f}" for f in figures)])
         for task, found in first.retrieval.items():
             for length in found.lengths:
                 shares = (f.retrieval[task].at_length(length) for f in figures)
-                rows.append([f"{task} accuracy, {length} tokens", *(f"{s:.1%}" for s in shares)])
+                label = f"{TITLES[task]} accuracy, {length} tokens"
+                rows.append([label, *(f"{s:.1%}" for s in shares)])
         held = first.cache.tokens
         bytes_label = f"cache bytes per token (measured at {held} tokens)"
         rows.append([bytes_label, *(f"{f.cache.per_token:,.0f}" for f in figures)])

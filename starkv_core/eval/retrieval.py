@@ -21,7 +21,9 @@ from starkv_core.progress import SILENT, Progress
 if TYPE_CHECKING:
     from starkv_core.run import Subject
 
-__all__ = ["TASKS", "RetrievalGrid", "RetrievalResult", "make_grid", "retrieval"]
+__all__ = ["TASKS", "TITLES", "RetrievalGrid", "RetrievalResult", "make_grid", "retrieval"]
+
+TITLES = {"passkey": "pass-key", "kv": "key-value"}  # the tasks in tables, figures and progress
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def check_grid(subject: Subject, grid: RetrievalGrid) -> None:
             check_context(
                 subject,
                 prompt.length + len(prompt.answer_ids),
-                f"{grid.task} prompt of {prompt.length} + {len(prompt.answer_ids)} answer tokens",
+                f"{TITLES[grid.task]} prompt of {prompt.length} + {len(prompt.answer_ids)} answer tokens",
             )
 
 
@@ -139,7 +141,7 @@ def retrieval(
     held: list[CacheBytes] = []
     total = len(grid.lengths) * len(grid.depths) * grid.prompts
     asked = answered = 0
-    with progress.task(f"{grid.task}, {subject.name}", total, "prompt") as task:
+    with progress.task(f"{TITLES[grid.task]}, {subject.name}", total, "prompt") as task:
         for i, row in enumerate(grid.cells):
             for j, cell in enumerate(row):
                 for start in range(0, len(cell), batch):

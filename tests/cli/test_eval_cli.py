@@ -46,7 +46,7 @@ def test_run_beside_its_dense_model(
     assert table[""] == ["dense", "compressed"]
     report = json.loads((out / "eval.json").read_text())
     dense, compressed = (report[c]["perplexity"]["prefill"] for c in ("dense", "compressed"))
-    shown = [f"{dense['ppl']:.4g}", f"{compressed['ppl']:.4g}"]
+    shown = [f"{dense['ppl']:.2f}", f"{compressed['ppl']:.2f}"]
     assert table["perplexity (prefill, 2 x 256 tokens)"] == shown
     assert dense["ppl"] != compressed["ppl"]
     assert dense["tokens"] == compressed["tokens"] == 2 * 255
@@ -54,7 +54,7 @@ def test_run_beside_its_dense_model(
     assert table["cache bytes per token (measured at 256 tokens)"] == ["192", "96"]
     assert table["cache ratio"] == ["1.00", "2.00"]
     assert table["paper rate (compressed layers only)"] == ["", "50.0%"]
-    assert {"passkey accuracy, 400 tokens", "kv accuracy, 400 tokens"} <= table.keys()
+    assert {"pass-key accuracy, 400 tokens", "key-value accuracy, 400 tokens"} <= table.keys()
     assert (out / "retrieval.png").read_bytes().startswith(b"\x89PNG")
     assert report["text"]["sha256"] == hashlib.sha256(on_disk.text.read_bytes()).hexdigest()
     assert report["model"]["name"] == str(on_disk.model)

@@ -92,7 +92,7 @@ def test_fit_counts_windows_as_they_are_held(batch: int) -> None:
     [
         ({"ratio": 30.0}, "ratio 30"),
         ({"bytes_limit": 95}, "95 bytes per token"),
-        ({"fit": (32768, 4096)}, "32768 tokens x 1 in 4096 bytes"),
+        ({"fit": (32768, 2**19)}, "32768 tokens x 1 in 0.5 MiB"),
     ],
 )
 def test_the_floor_is_named(options: dict[str, Any], asked: str) -> None:
@@ -103,12 +103,12 @@ def test_the_floor_is_named(options: dict[str, Any], asked: str) -> None:
     assert "\n" not in message
     assert message.startswith(f"budget: {asked} is below the floor")
     assert "96 bytes per token (ratio 8.00)" in message
-    assert "rows are padded to 16 bytes" in message
+    assert "rows are padded to 16 bytes, which takes" in message
     resolved(bytes_limit=96)
 
 
 def test_the_floor_counts_dense_layers() -> None:
-    with pytest.raises(UserError, match=r"1 layers stay dense, which takes 320 bytes"):
+    with pytest.raises(UserError, match=r"1 layer stays dense, which takes 320 bytes"):
         resolved(ratio=3.0, skip_layers=(1,))
 
 

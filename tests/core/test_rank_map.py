@@ -100,7 +100,7 @@ def test_fit_to_the_model() -> None:
         "here: rank map does not fit the model:",
         "  layer 0: key rank 17 is above 16",
         "  layer 0: value rank 33 is above 32",
-        "  layer 1: 3 key ranks do not divide 2 heads",
+        "  layer 1: 3 key ranks do not divide 2 heads; expected 1 or 2",
     ]
 
 
