@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-    group.command("spectra")(spectra)
-    group.command("ranks")(ranks)
+    group.command("spectra", short_help="Spectra of keys and values, layer by layer.")(spectra)
+    group.command("ranks", short_help="Ranks and bytes of every layer of a run.")(ranks)
     app.add_typer(group, name="analyze", help=_HELP)
 
 

@@ -30,7 +30,7 @@ Ctrl-C stops an answer; a second one does not wait for the current step."""
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("chat")(chat)
+    app.command("chat", short_help="Talk to a run or a model.")(chat)
 
 
 def chat(

@@ -21,7 +21,7 @@ _Number = TypeVar("_Number", int, float)
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("eval")(evaluate)
+    app.command("eval", short_help="Perplexity, retrieval and cache bytes, beside dense.")(evaluate)
 
 
 def evaluate(

@@ -13,14 +13,14 @@ COMMANDS = ("analyze", "calibrate", "eval", "chat", "bench")
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy")
 
 
-def starkv(*args: str) -> subprocess.CompletedProcess[str]:
+def starkv(*args: str, columns: int = 200) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "starkv_cli", *args],
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
-        env={**os.environ, "COLUMNS": "200"},
+        env={**os.environ, "COLUMNS": str(columns)},
     )
 
 
@@ -61,6 +61,13 @@ def test_help_lists_the_commands_there_are() -> None:
     for planned in ("quantize",):
         assert planned not in text
         assert starkv(planned).returncode == 2
+
+
+@pytest.mark.parametrize("args", [[], ["analyze"]])
+def test_no_command_is_described_by_half_a_sentence(args: list[str]) -> None:
+    done = starkv(*args, "--help", columns=80)
+    for line in done.stdout.partition("Commands:")[2].splitlines():
+        assert not line.endswith("...") or line.split()[0] == "bench", line
 
 
 @pytest.mark.parametrize(
