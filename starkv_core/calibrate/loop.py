@@ -79,7 +79,7 @@ METRICS = "metrics.jsonl"
 CALIBRATION = "calibration"  # folder of resumable state
 _CHECK_SEQUENCES = 4  # kept out of training, to measure the exported model on
 _LOSS_SCALE = 1024.0  # float16 alone: activations' gradients, a mean over tokens, would underflow
-_MICRO_TOKENS = 4096  # tokens that go through the model at once
+MICRO_TOKENS = 4096  # tokens that go through the model at once
 _DISK_BYTES = 28  # a trained number: its start, the state and, while that is replaced, the next one
 _DISK_ONE_SHOT = 8  # the same without training: trained and folded form
 _SQUEEZE = 0.7  # share of the rank steps after which the limit has come down to the budget
@@ -99,8 +99,8 @@ class CalibrationResult:
         kl: mean KL of the deployed model to the base model on text kept out of training, in nats;
             None after an export.
         seconds: statistics and decomposition included; tokens trained on; tokens_per_second: while
-            training. All over every attempt of a resumed run, but for work that was lost; no seconds
-            and no tokens of an export.
+            training. All over every attempt of a resumed run, but for work that was lost; an export
+            has no seconds and no tokens.
         peak_memory: bytes, over all GPUs used, of the last attempt.
     """
 
@@ -401,7 +401,7 @@ class _Calibration:
             shift = self.multiplier(step)
             self.shift = float(shift.detach())
         rows = self.batch(step)
-        size = max(1, _MICRO_TOKENS // recipe.data.length)
+        size = max(1, MICRO_TOKENS // recipe.data.length)
         pieces = rows.split(size)
         magnified = _LOSS_SCALE if self.loaded.dtype == torch.float16 else 1.0
         total = 0.0

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from starkv_core.budget import BYTES_PER_NUMBER
-from starkv_core.calibrate.loop import budget_for, trained_numbers, training_sequences
+from starkv_core.calibrate.distill import COLUMNS, ROWS
+from starkv_core.calibrate.loop import (
+    MICRO_TOKENS,
+    budget_for,
+    trained_numbers,
+    training_sequences,
+)
 from starkv_core.data.corpus import check_source
 from starkv_core.models.load import EMBEDDED_NAME, inspect, pick_device
 from starkv_core.models.spec import ModelSpec
@@ -120,12 +126,17 @@ def plan(recipe: Recipe, *, device: str | None = None) -> Plan:
 
 
 def _memory(recipe: Recipe, spec: ModelSpec, parameters: int, trained: int, item: int) -> int:
-    live = min(recipe.batch * recipe.data.length, max(4096, recipe.data.length))
+    # Tokens that go through the model at once: whole sequences, in pieces of a batch.
+    live = min(recipe.batch * recipe.data.length, max(MICRO_TOKENS, recipe.data.length))
     checkpoints = spec.n_layers * live * spec.hidden * item
+    # An estimate of what a layer keeps for its backward pass, in rows of hidden size: 10 around
+    # attention and norms, and 4 of the MLP's width, which is some 3 to 3.5 times as much.
     inside = 24 * live * spec.hidden * item
     if not recipe.optim.checkpointing:
         checkpoints, inside = 0, spec.n_layers * inside
-    logits = 6 * 1024 * 32768 * 4
+    # The loss, a piece of the logits at a time, in float32: log-probabilities of both models,
+    # their exponentials and what is formed between them, six in all.
+    logits = 6 * ROWS * COLUMNS * 4
     return parameters * item + trained * _STATE_BYTES + checkpoints + inside + logits
 
 

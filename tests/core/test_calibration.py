@@ -349,7 +349,7 @@ def test_pieces_of_a_batch_add_up(
     """A batch that goes through the model in uneven pieces is one batch: loss and gradients."""
     found = []
     for name, tokens in (("whole", 4096), ("pieces", 2 * LENGTH)):
-        monkeypatch.setattr("starkv_core.calibrate.loop._MICRO_TOKENS", tokens)
+        monkeypatch.setattr("starkv_core.calibrate.loop.MICRO_TOKENS", tokens)
         made = prepared(make(batch=3, optim={"grad_clip": 1e9}), tmp_path / name)
         seen: list[torch.Tensor] = []
         monkeypatch.setattr(
