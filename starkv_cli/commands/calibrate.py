@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("calibrate", short_help="Learn ranks under a budget, write a run folder.")(calibrate)
+    app.command("calibrate", short_help="Learn ranks under a budget, write a run folder.")(
+        calibrate
+    )
 
 
 def calibrate(

@@ -67,13 +67,13 @@ def chat(
     sampler = Sampler(temperature=temperature, top_p=top_p, seed=seed)
     conversation = Conversation(
         open_subject(
-        subject,
-        device=device,
-        device_map=device_map,
-        dtype=dtype,
-        model=model,
-        backend=backend,
-    ),
+            subject,
+            device=device,
+            device_map=device_map,
+            dtype=dtype,
+            model=model,
+            backend=backend,
+        ),
         system=system,
         sampler=sampler,
         max_new_tokens=max_new_tokens,

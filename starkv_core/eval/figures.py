@@ -42,9 +42,7 @@ def retrieval_heatmap(
                     ax.text(
                         x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=ink
                     )
-            ax.set_title(
-                f"{TITLES[task]}, {subject}: {100 * result.accuracy:.1f}%", fontsize=10
-            )
+            ax.set_title(f"{TITLES[task]}, {subject}: {100 * result.accuracy:.1f}%", fontsize=10)
             ax.set_xticks(range(len(result.lengths)), [str(n) for n in result.lengths])
             ax.set_yticks(range(len(result.depths)), [f"{100 * d:g}%" for d in result.depths])
             ax.tick_params(length=0, labelsize=8)

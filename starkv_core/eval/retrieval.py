@@ -123,7 +123,8 @@ def check_grid(subject: Subject, grid: RetrievalGrid) -> None:
             check_context(
                 subject,
                 prompt.length + len(prompt.answer_ids),
-                f"{TITLES[grid.task]} prompt of {prompt.length} + {len(prompt.answer_ids)} answer tokens",
+                f"{TITLES[grid.task]} prompt of {prompt.length} + {len(prompt.answer_ids)} "
+                "answer tokens",
             )
 
 

@@ -348,7 +348,10 @@ def test_damaged_factors_with_a_matching_checksum(shell: Shell, run: Path, damag
     [
         (["dense"], "1 layers, but the model has 2"),
         ([{"keys": [99, 1], "values": 1}, "dense"], "layer 0: key rank 99 is above 12"),
-        ([{"keys": [1, 1, 1], "values": 1}, "dense"], "3 key ranks do not divide 2 heads; expected 1 or 2"),
+        (
+            [{"keys": [1, 1, 1], "values": 1}, "dense"],
+            "3 key ranks do not divide 2 heads; expected 1 or 2",
+        ),
         ([{"keys": [1, 0], "values": 1}, "dense"], "whole numbers from 1"),
         ("dense", "not a rank map"),
     ],
