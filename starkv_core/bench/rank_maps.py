@@ -23,7 +23,11 @@ SOURCE: Final = "qwen2.5-0.5b"
 
 
 def derive(
-    source: RankMap, source_full: tuple[int, int], target: ModelSpec, removed: float
+    source: RankMap,
+    source_full: tuple[int, int],
+    target: ModelSpec,
+    removed: float,
+    key_rank: float | None = None,
 ) -> RankMap:
     """A ragged map for ``target`` that stores exactly ``1 - removed`` of the dense numbers.
 
@@ -37,6 +41,8 @@ def derive(
         source_full: its full ranks, of a key head and of the values.
         target: the shape to serve.
         removed: the paper's rate.
+        key_rank: mean rank of a key head to reach, the values taking the rest; None keeps the
+            source's split between keys and values.
     """
     learned = [layer for layer in source.layers if layer is not None]
     key_full, value_full = source_full
@@ -50,10 +56,20 @@ def derive(
         dealt = random.Random(i).sample(quantiles, heads)
         wanted += [means[at] / key_full * target.head_dim * q for q in dealt]
         wanted.append(learned[at].values[0] / value_full * target.kv_width)
-    per_layer = [target.key_rank] * heads + [target.value_rank]
+    limits = ([target.key_rank] * heads + [target.value_rank]) * target.n_layers
     total = round((1.0 - removed) * target.n_layers * 2 * target.kv_width)
-    ranks = _scaled(wanted, per_layer * target.n_layers, total)
     width = heads + 1
+    if key_rank is None:
+        ranks = _scaled(wanted, limits, total)
+    else:
+        of_keys = round(key_rank * heads * target.n_layers)
+        keys = [i for i in range(len(wanted)) if i % width < heads]
+        values = [i for i in range(len(wanted)) if i % width == heads]
+        ranks = [0] * len(wanted)
+        for part, numbers in ((keys, of_keys), (values, total - of_keys)):
+            scaled = _scaled([wanted[i] for i in part], [limits[i] for i in part], numbers)
+            for i, rank in zip(part, scaled, strict=True):
+                ranks[i] = rank
     rows = [ranks[i * width : (i + 1) * width] for i in range(target.n_layers)]
     return RankMap(tuple(LayerRanks(tuple(row[:-1]), (row[-1],)) for row in rows))
 
@@ -91,7 +107,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def comment_of(name: str, removed: float) -> str:
+def comment_of(name: str, removed: float, key_rank: float | None = None) -> str:
     """What a file says of itself."""
     how = (
         "Learned: method star at cache ratio 3 on Qwen2.5-Coder-0.5B, which has this shape\n"
@@ -100,6 +116,11 @@ def comment_of(name: str, removed: float) -> str:
         else f"NOT a calibration of this model: the relative spread of the ranks learned in\n"
         f"{SOURCE}.yaml, scaled to {removed:.0%} removed by starkv_core/bench/rank_maps.py."
     )
+    if key_rank is not None:
+        how += (
+            "\nBetween keys and values they are split as in the authors' release: "
+            f"{key_rank:g} a key head\nin the mean (docs/design.md section 6)."
+        )
     return f"Shape and rank map for `starkv bench --shape {name}`.\n{how}"
 
 
@@ -111,7 +132,7 @@ def rewrite(specs: Mapping[str, ModelSpec]) -> None:
         write_yaml_atomic(
             FOLDER / f"{name}.yaml",
             {**entry, **ranks.to_dict()},
-            comment=comment_of(name, entry["removed"]),
+            comment=comment_of(name, entry["removed"], entry.get("key_rank")),
         )
 
 
@@ -121,7 +142,9 @@ def derived(name: str, spec: ModelSpec) -> RankMap:
     config = source["model"]
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     full = head_dim, head_dim * config["num_key_value_heads"]
-    return derive(RankMap.from_dict(source, SOURCE), full, spec, read_entry(name)["removed"])
+    entry = read_entry(name)
+    learned = RankMap.from_dict(source, SOURCE)
+    return derive(learned, full, spec, entry["removed"], entry.get("key_rank"))
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ def test_maps_are_ragged_per_head_and_per_layer(llama: Shape) -> None:
     assert all(len(set(layer.keys)) > 4 for layer in layers)
     assert len({layer.total for layer in layers}) > 8
     assert llama.removed == 0.75
+    assert sum(sum(layer.keys) for layer in layers) == 19 * 32 * 32
     assert open_shape("llama-3.1-8b").removed == pytest.approx(0.6, abs=1e-5)
 
 
@@ -72,7 +73,8 @@ def test_files_say_where_their_ranks_come_from() -> None:
 
     for name in names():
         head = (FOLDER / f"{name}.yaml").read_text().splitlines()
-        said = comment_of(name, read_entry(name)["removed"]).splitlines()
+        entry = read_entry(name)
+        said = comment_of(name, entry["removed"], entry.get("key_rank")).splitlines()
         assert head[: len(said)] == [f"# {line}" for line in said]
         assert ("NOT a calibration" in head[1]) == (name != SOURCE)
 
