@@ -182,7 +182,10 @@ class CompressedAttention:
         if layer is not None and n_new <= DECODE_QUERIES:
             out = self._decode(weights, q, layer, mask)
         else:
-            cos, sin = self.tables.slots(past + n_new, hidden.device)
+            # In the model's own precision, as the base model turns its keys: float32 would double
+            # the traffic of a prompt.
+            tables = self.tables.slots(past + n_new, hidden.device)
+            cos, sin = (table.to(hidden.dtype) for table in tables)
             q = rotate(q, cos[past:], sin[past:])
             k = expand_heads(
                 keys.to(hidden.dtype), weights.key_index, weights.key_up, weights.key_bias

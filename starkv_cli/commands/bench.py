@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("bench")(bench)
+    app.command("bench", short_help="Speed and memory beside the dense cache, on a GPU.")(bench)
 
 
 def bench(
