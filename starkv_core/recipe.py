@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any, Final, Literal
 
 from starkv_core.artifacts import SCHEMA, check_schema, parse_yaml, read_yaml
 from starkv_core.errors import UserError
+from starkv_core.sizes import bytes_of, tokens_of
 
 Method = Literal["star", "paper"]
 
@@ -489,21 +489,12 @@ def _plain(value: object) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-_FIT: Final = re.compile(r"(\d+)([kKmM]?)@(\d+(?:\.\d+)?)([KMGT]i?B)")
-_TOKENS: Final = {"": 1, "k": 1024, "m": 1024**2}
-_BYTES: Final = {
-    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)},
-    **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
-}
-
-
 def _parse_fit(text: str) -> tuple[int, int]:
     """Tokens and bytes of a text such as ``32k@8GiB``; ValueError says what was expected."""
-    match = _FIT.fullmatch(text.replace(" ", ""))
-    if match is None:
+    tokens, _, memory = text.replace(" ", "").partition("@")
+    count, size = tokens_of(tokens), bytes_of(memory)
+    if count is None or size is None:
         raise ValueError("must be TOKENS@MEMORY such as 32k@8GiB")
-    tokens, scale, memory, unit = match.groups()
-    count, size = int(tokens) * _TOKENS[scale.lower()], int(float(memory) * _BYTES[unit])
     if count == 0 or size == 0:
         raise ValueError("must be above zero on both sides")
     return count, size
