@@ -164,7 +164,7 @@ def deployed_subject(
         run_dir,
         backend=_backend(backend, loaded, store_dtype),
         store_dtype=store_dtype,
-        tables=RopeTables(loaded.spec.rope.inv_freq, loaded.spec.rope.scaling),
+        tables=loaded.spec.rope.growing(),
     )
 
 

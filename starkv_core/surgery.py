@@ -42,7 +42,7 @@ def compressed(
         The model, for ``forward`` and ``generate``.
     """
     model = loaded.model
-    tables = tables or RopeTables(loaded.spec.rope.inv_freq, loaded.spec.rope.scaling)
+    tables = tables or loaded.spec.rope.growing()
     attentions = loaded.family.attentions(model)
     # Masks must come in SDPA's form: None, bool or additive.
     implementation = model.config._attn_implementation

@@ -21,7 +21,6 @@ from starkv_core.budget import slots
 from triton_ops.latent_attention import (
     KeyLayout,
     LatentFactors,
-    RopeTables,
     expand_heads,
     latent_attention,
     rotate,
@@ -214,7 +213,7 @@ class _Latents:
             _normal((heads, dim), dtype, device, 2, 0.5),
             _normal((heads, dim, value_rank), dtype, device, 3, value_rank**-0.5),
         )
-        self.rope = RopeTables(spec.rope.inv_freq, spec.rope.scaling)
+        self.rope = spec.rope.growing()
         self.q = _normal((batch, spec.n_heads, 1, dim), dtype, device, 0)
         room = slots(ctx)
         self.x = _normal((batch, room, row_width(layout.channels)), dtype, device, 4)

@@ -14,7 +14,6 @@ from starkv_core.factors import GateSettings, Shift, TrainedLayer
 from starkv_core.models.load import LoadedModel
 from starkv_core.rank_map import RankMap
 from starkv_core.surgery import compressed
-from triton_ops.latent_attention import RopeTables
 
 
 class Student(nn.Module):
@@ -36,7 +35,7 @@ class Student(nn.Module):
         self.layers = nn.ModuleDict(
             {str(i): layer.to(attentions[i].q_proj.weight.device) for i, layer in layers.items()}
         )
-        self._tables = RopeTables(loaded.spec.rope.inv_freq, loaded.spec.rope.scaling)
+        self._tables = loaded.spec.rope.growing()
 
     def by_layer(self) -> dict[int, TrainedLayer]:
         """Trained-form layers by index."""

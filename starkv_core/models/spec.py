@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from triton_ops.latent_attention import RopeTables, by_slot
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -28,12 +30,11 @@ class Rope:
 
         Angles are formed in float64, so that far positions keep float32 accuracy.
         """
-        slots = torch.arange(start, stop, dtype=torch.float64)
-        half = torch.outer(slots, self.inv_freq.double())
-        angles = torch.cat((half, half), dim=-1)
-        cos = (angles.cos() * self.scaling).to(device, torch.float32)
-        sin = (angles.sin() * self.scaling).to(device, torch.float32)
-        return cos, sin
+        return by_slot(start, stop, self.inv_freq, self.scaling, device)
+
+    def growing(self) -> RopeTables:
+        """Tables to keep: made once, grown with the context."""
+        return RopeTables(self.inv_freq, self.scaling)
 
 
 @dataclass(frozen=True)

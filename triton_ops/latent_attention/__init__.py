@@ -4,13 +4,14 @@ from triton_ops.latent_attention.factors import LatentFactors
 from triton_ops.latent_attention.layout import KeyLayout, row_width
 from triton_ops.latent_attention.op import SLOTS, latent_attention
 from triton_ops.latent_attention.reference import expand_heads, rotate
-from triton_ops.latent_attention.rope import RopeTables
+from triton_ops.latent_attention.rope import RopeTables, by_slot
 
 __all__ = [
     "SLOTS",
     "KeyLayout",
     "LatentFactors",
     "RopeTables",
+    "by_slot",
     "expand_heads",
     "latent_attention",
     "rotate",

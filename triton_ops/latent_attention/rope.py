@@ -4,7 +4,26 @@ from __future__ import annotations
 
 import torch
 
+from triton_ops.latent_attention.layout import power
+
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def turns(
+    positions: torch.Tensor, inv_freq: torch.Tensor, factor: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float64 cos and sin ``[n, D / 2]`` of float64 ``positions``, times ``factor``."""
+    angles = torch.outer(positions, inv_freq.double())
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def by_slot(
+    start: int, stop: int, inv_freq: torch.Tensor, factor: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 cos and sin ``[stop - start, D]`` of slots, halves equal."""
+    made = turns(torch.arange(start, stop, dtype=torch.float64), inv_freq, factor)
+    cos, sin = (torch.cat((t, t), dim=-1).to(device, torch.float32) for t in made)
+    return cos, sin
 
 
 class RopeTables:
@@ -28,9 +47,7 @@ class RopeTables:
         held = self._by_slot.get(device)
         if held is None or len(held[0]) < length:
             grown = max(length, 256 if held is None else 2 * len(held[0]))
-            turns = self._turns(torch.arange(grown, dtype=torch.float64), self._factor)
-            cos, sin = (torch.cat((t, t), dim=-1).to(device, torch.float32) for t in turns)
-            held = self._by_slot[device] = cos, sin
+            held = self._by_slot[device] = by_slot(0, grown, self._inv_freq, self._factor, device)
         return held[0][:length], held[1][:length]
 
     def band(self, tile: int, tiles: int, device: torch.device) -> Four:
@@ -66,12 +83,7 @@ class RopeTables:
             held = self._by_tile[kind, tile, device] = cos, sin, cos_at, sin_at
         return held
 
-    def _turns(self, positions: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float64 cos and sin ``[n, D / 2]``, times ``factor``."""
-        angles = torch.outer(positions, self._inv_freq)
-        return angles.cos() * factor, angles.sin() * factor
-
     def _padded(self, positions: torch.Tensor, factor: float) -> tuple[torch.Tensor, ...]:
         half = len(self._inv_freq)
-        pad = (0, max(16, 1 << (half - 1).bit_length()) - half)
-        return tuple(torch.nn.functional.pad(t, pad) for t in self._turns(positions, factor))
+        made = turns(positions, self._inv_freq, factor)
+        return tuple(torch.nn.functional.pad(t, (0, power(half) - half)) for t in made)
