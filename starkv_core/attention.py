@@ -6,6 +6,7 @@ padding and later turns need nothing more (docs/design.md, traps 2 and 13).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -43,6 +44,12 @@ class LatentWeights:
         key_eps: epsilon of the RMSNorm on keys; latents are then normalised before caching.
         key_gram: ``[H_kv, r, r]``, ``U^T U`` before the norm's weight is folded in; None when ``U``
             is orthonormal.
+        key_shift: ``[R]``, taken off the latents before they are stored, the biases make up for it
+            (means stay outside of what is quantised); None under a norm on keys and where there is
+            none.
+        value_shift: ``[r_v]``, the same of the values.
+        coding: what quantisation makes of keys and values, ``[B, L, R]`` and ``[B, L, r_v]``, to
+            measure or train it without a cache; None stores latents as they are.
     """
 
     key_down: torch.Tensor
@@ -54,6 +61,9 @@ class LatentWeights:
     value_bias: torch.Tensor | None
     key_eps: float | None = None
     key_gram: torch.Tensor | None = None
+    key_shift: torch.Tensor | None = None
+    value_shift: torch.Tensor | None = None
+    coding: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @cached_property
     def channel_heads(self) -> torch.Tensor:
@@ -99,10 +109,15 @@ def padded_index(
 
 def latents(weights: LatentWeights, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What is cached for ``hidden [B, L, d]``: ``[B, L, R]`` for keys, ``[B, L, r]`` for values."""
-    keys = F.linear(hidden, weights.key_down)
+    keys = F.linear(hidden, weights.key_down, _negated(weights.key_shift))
     if weights.key_eps is not None:
         keys = _normalised(weights, keys, weights.key_eps)
-    return keys, F.linear(hidden, weights.value_down)
+    values = F.linear(hidden, weights.value_down, _negated(weights.value_shift))
+    return (keys, values) if weights.coding is None else weights.coding(keys, values)
+
+
+def _negated(shift: torch.Tensor | None) -> torch.Tensor | None:
+    return None if shift is None else -shift
 
 
 def _normalised(weights: LatentWeights, keys: torch.Tensor, eps: float) -> torch.Tensor:
