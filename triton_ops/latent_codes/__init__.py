@@ -1,0 +1,7 @@
+"""Codes of latents: a few bits each, really packed (docs/design.md sections 4 and 5)."""
+
+from triton_ops.latent_codes.codec import Codec, LayerCodes
+from triton_ops.latent_codes.layout import TILE, CodeLayout, Section, tiles
+from triton_ops.latent_codes.reference import pack, unpack
+
+__all__ = ["TILE", "CodeLayout", "Codec", "LayerCodes", "Section", "pack", "tiles", "unpack"]
