@@ -67,7 +67,8 @@ class CodeLayout:
     Attributes:
         side: ``key`` or ``value``.
         sections: of the row, in its order.
-        groups: channels that share a scale, in the row's order; ``(R,)`` is one scale a token.
+        groups: channels that share a scale, in the row's order; ``(R,)`` is one scale a token,
+            ``()`` is none.
 
     Raises:
         ValueError: bits that cannot be packed, empty sections, groups that do not cover the row.
@@ -87,7 +88,7 @@ class CodeLayout:
             wrong.append(f"side {self.side!r}: key or value")
         if not self.sections:
             wrong.append("no section")
-        if sum(self.groups) != self.channels or min(self.groups, default=0) < 1:
+        if self.groups and (sum(self.groups) != self.channels or min(self.groups) < 1):
             wrong.append(f"scale groups {self.groups} do not cover {self.channels} channels")
         if wrong:
             raise ValueError("code layout: " + "; ".join(wrong))

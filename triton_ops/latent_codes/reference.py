@@ -27,6 +27,8 @@ def measure(
     Returns:
         Fp16 ``[..., K]``, rounded from float32.
     """
+    if not groups:
+        return x.new_zeros(*x.shape[:-1], 0, dtype=torch.float16)
     found = []
     for part in (x.float() * weight).split(groups, dim=-1):
         if kind == "rms":
@@ -70,7 +72,9 @@ def decode(
 
 
 def _per_channel(scales: torch.Tensor, groups: tuple[int, ...]) -> torch.Tensor:
-    """Float32 scales ``[..., K]`` of groups as ``[..., R]`` (or ``[..., 1]`` for one group)."""
+    """Float32 scales ``[..., K]`` of groups as ``[..., R]``; 1 where there is none."""
+    if not groups:
+        return torch.ones((), device=scales.device)
     if len(groups) == 1:
         return scales.float()
     counts = torch.tensor(groups, device=scales.device)
