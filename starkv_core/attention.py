@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from starkv_core.cache import LatentLayer
 from starkv_core.models.family import Family
 from starkv_core.models.spec import ModelSpec
+from starkv_core.packed import PackedLayer
 from triton_ops.latent_attention import (
     KeyLayout,
     LatentFactors,
@@ -25,6 +26,7 @@ from triton_ops.latent_attention import (
     latent_attention,
     rotate,
 )
+from triton_ops.latent_codes import LayerCodes
 
 DECODE_QUERIES = 16  # up to so many new tokens read the latents; more rebuild keys for SDPA
 
@@ -50,6 +52,8 @@ class LatentWeights:
         value_shift: ``[r_v]``, the same of the values.
         coding: what quantisation makes of keys and values, ``[B, L, R]`` and ``[B, L, r_v]``, to
             measure or train it without a cache; None stores latents as they are.
+        codes: how the latents are coded in a cache; None keeps them in 16 bits. Channels of a coded
+            head may lie apart, in ascending order.
     """
 
     key_down: torch.Tensor
@@ -64,6 +68,7 @@ class LatentWeights:
     key_shift: torch.Tensor | None = None
     value_shift: torch.Tensor | None = None
     coding: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    codes: LayerCodes | None = None
 
     @cached_property
     def channel_heads(self) -> torch.Tensor:
@@ -76,10 +81,22 @@ class LatentWeights:
 
     @cached_property
     def factors(self) -> LatentFactors:
-        """The same as latent attention takes them; made once."""
-        ranks = _real_channels(self.key_index).sum(-1).tolist()
-        layout = KeyLayout(tuple(ranks), tuple(self.key_index[:, 0].tolist()))
+        """The same as latent attention takes them; made once.
+
+        Of coded layers for rows in the order of :attr:`head_order`.
+        """
+        ranks = tuple(_real_channels(self.key_index).sum(-1).tolist())
+        layout = (
+            KeyLayout(ranks, tuple(self.key_index[:, 0].tolist()))
+            if self.codes is None
+            else KeyLayout.side_by_side(ranks)
+        )
         return LatentFactors(layout, self.key_up, self.key_bias, self.value_up)
+
+    @cached_property
+    def head_order(self) -> torch.Tensor:
+        """Int64: the channels of head after head."""
+        return self.key_index[_real_channels(self.key_index)]
 
 
 @lru_cache(maxsize=4096)  # asked for in every training forward, always with the same arguments
@@ -189,12 +206,19 @@ class CompressedAttention:
         keys, values = latents(weights, hidden)
         q = self.family.queries(self.module, hidden, spec.head_dim)
         scale = self.module.scaling
-        past, layer = 0, None
+        past, layer, exact = 0, None, None
+        decodes = cache is not None and n_new <= DECODE_QUERIES
         if cache is not None:
-            layer = self._layer(cache)
+            layer = self._layer(cache, weights.codes)
             past = layer.length
-            keys, values = layer.append(keys, values)
-        if layer is not None and n_new <= DECODE_QUERIES:
+            if not isinstance(layer, PackedLayer):
+                keys, values = layer.append(keys, values)
+            elif decodes and past > 0:
+                layer.store(keys, values)
+            else:
+                decodes = False
+                keys, values, exact = layer.append_prompt(keys, values)
+        if layer is not None and decodes:
             out = self._decode(weights, q, layer, mask)
         else:
             # In the model's own precision, as the base model turns its keys: float32 would double
@@ -202,15 +226,19 @@ class CompressedAttention:
             tables = self.tables.slots(past + n_new, hidden.device)
             cos, sin = (table.to(hidden.dtype) for table in tables)
             q = rotate(q, cos[past:], sin[past:])
+            if exact is not None:
+                cos, sin = cos.repeat(2, 1), sin.repeat(2, 1)
             k = expand_heads(
                 keys.to(hidden.dtype), weights.key_index, weights.key_up, weights.key_bias
             )
             k = rotate(k, cos, sin)
             values = values[..., : weights.value_up.shape[-1]].to(hidden.dtype)
             v = torch.einsum("blr,hdr->bhld", values, weights.value_up)
-            causal = mask is None and past == 0
+            causal = mask is None and past == 0 and exact is None
             if not causal:
                 mask = _allowed(mask, past, n_new, hidden)
+                if exact is not None:
+                    mask = torch.cat((mask & exact, mask & ~exact), dim=-1)
             shared = spec.group > 1
             if shared and mask is not None:
                 # With a mask torch's only kernel for shared heads holds all scores at once.
@@ -245,30 +273,41 @@ class CompressedAttention:
             cos, sin = self.tables.slots(layer.room, q.device)
             cos, sin = cos.index_select(0, step.slot), sin.index_select(0, step.slot)
             filled, first, mask = step.filled, step.first, None
+        keys, values = (
+            layer.padded_latents(weights.head_order)
+            if isinstance(layer, PackedLayer)
+            else layer.buffers()
+        )
         return latent_attention(
             rotate(q, cos, sin),
-            *layer.buffers(),
+            keys,
+            values,
             weights.factors,
             self.tables,
             filled=filled,
             scale=self.module.scaling,
             first=first,
             mask=mask,
-            backend=self.backend,
+            backend=self.backend if weights.codes is None else "reference",
         )
 
-    def _layer(self, cache: Any) -> LatentLayer:
-        """This layer's latents; an empty layer of a plain dynamic cache is replaced."""
+    def _layer(self, cache: Any, codes: LayerCodes | None) -> LatentLayer:
+        """This layer's latents; an empty layer of another kind is replaced."""
         while len(cache.layers) <= self.index:
             cache.layers.append(cache.layer_class_to_replicate())
         layer = cache.layers[self.index]
-        if not isinstance(layer, LatentLayer):
+        if type(layer) is not (LatentLayer if codes is None else PackedLayer):
             if layer.get_seq_length() > 0 or layer.get_max_length() >= 0:
                 raise RuntimeError(
-                    f"layer {self.index}: this cache holds dense keys or is of a fixed size; "
+                    f"layer {self.index}: this cache holds dense keys, or latents of another form, "
+                    "or is of a fixed size; "
                     "start from an empty one (subject.new_cache())"
                 )
-            layer = cache.layers[self.index] = LatentLayer(self.store_dtype)
+            layer = cache.layers[self.index] = (
+                LatentLayer(self.store_dtype)
+                if codes is None
+                else PackedLayer(codes, self.store_dtype)
+            )
         return layer
 
 

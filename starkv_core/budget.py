@@ -1,17 +1,19 @@
 """Bytes of a cache: predicted here, measured in :mod:`starkv_core.cache`; a test holds them equal.
 
-Everything stored counts (docs/design.md section 4): latents, the padding of their rows, slots
-allocated ahead, layers left dense, sliding windows.
+Everything stored counts (docs/design.md section 4): latents or their codes and scales, padding,
+slots allocated ahead, sinks and recent windows, layers left dense, sliding windows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from starkv_core.errors import UserError
 from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import RankMap
 from triton_ops.latent_attention import row_width
+from triton_ops.latent_codes import CodeLayout, LayerCodes, tiles
 
 BYTES_PER_NUMBER = 2  # latents and dense layers alike are stored in 16 bits
 ROW_STEP = row_width(1)  # numbers by which a row of latents grows
@@ -34,6 +36,27 @@ def bytes_per_token(spec: ModelSpec, ranks: RankMap) -> int:
     return numbers_per_token(spec, ranks) * BYTES_PER_NUMBER
 
 
+def packed_bytes(
+    keys: CodeLayout,
+    values: CodeLayout,
+    sinks: int,
+    window: int,
+    tokens: int,
+    *,
+    itemsize: int = BYTES_PER_NUMBER,
+) -> int:
+    """Bytes that the packed cache of one layer holds for a row of ``tokens`` tokens.
+
+    Args:
+        keys, values: layouts of the codes.
+        sinks, window: tokens that stay exact; both are held in full from the first token on.
+        itemsize: bytes per number of theirs.
+    """
+    a_tile = sum(side.tile_bytes + side.scale_bytes for side in (keys, values))
+    exact = sum(row_width(side.channels) for side in (keys, values)) * itemsize
+    return tiles(tokens) * a_tile + (sinks + window) * exact
+
+
 def predict_bytes(
     spec: ModelSpec,
     ranks: RankMap,
@@ -41,21 +64,28 @@ def predict_bytes(
     batch: int = 1,
     *,
     itemsize: int = BYTES_PER_NUMBER,
+    codes: Mapping[int, LayerCodes] | None = None,
 ) -> int:
     """Bytes that a cache of ``tokens`` tokens a row holds, allocated slots included.
 
     Args:
-        itemsize: bytes per stored number.
+        itemsize: bytes per stored number that is not a code or a scale.
+        codes: how the latents of which layers are coded.
     """
-    total = 0
+    total = packed = 0
     for i, layer in enumerate(ranks.layers):
-        if layer is not None:
+        if codes is not None and i in codes:
+            c = codes[i]
+            packed += packed_bytes(
+                c.keys.layout, c.values.layout, c.sinks, c.window, tokens, itemsize=itemsize
+            )
+        elif layer is not None:
             total += layer.stored * slots(tokens)
         elif i in spec.windows:
             total += 2 * spec.kv_width * min(tokens, spec.windows[i] - 1)
         else:
             total += 2 * spec.kv_width * slots(tokens)
-    return total * batch * itemsize
+    return (total * itemsize + packed) * batch
 
 
 def cache_ratio(spec: ModelSpec, ranks: RankMap) -> float:

@@ -1,13 +1,15 @@
 """The compressed cache: a transformers ``Cache`` that stores latents and nothing else.
 
-Three kinds of layer stand in one cache: :class:`LatentLayer` for compressed layers,
-:class:`DenseLayer` for layers kept dense, :class:`WindowLayer` for sliding windows. All store
-16-bit numbers whatever the model computes in, grow in place by blocks, and move every stored row
-alike on beam reorder, batch selection and crop (docs/design.md, traps 11 and 14).
+Three kinds of layer stand in one cache: :class:`LatentLayer` for compressed layers (or its
+quantised form in :mod:`starkv_core.packed`), :class:`DenseLayer` for layers kept dense,
+:class:`WindowLayer` for sliding windows. All store 16-bit numbers whatever the model computes in,
+grow in place by blocks, and move every stored row alike on beam reorder, batch selection and crop
+(docs/design.md, traps 11 and 14).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from starkv_core.budget import slots
 from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import RankMap
 from triton_ops.latent_attention import row_width
+from triton_ops.latent_codes import LayerCodes
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class _GrowingLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     supports_early_init = False
+    steppable = True  # whether tokens can be written at a slot that a tensor names
     keys: torch.Tensor | None
     values: torch.Tensor | None
     is_initialized: bool
@@ -68,6 +72,10 @@ class _GrowingLayer(CacheLayerMixin):
         """All slots of keys and values, filled or not."""
         assert self.keys is not None and self.values is not None
         return self.keys, self.values
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is held."""
+        return [] if self.keys is None else list(self.buffers())
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for the first rows ``[B, L, width]``."""
@@ -218,6 +226,10 @@ class WindowLayer(DynamicSlidingWindowLayer):
         super().__init__(sliding_window)
         self.store_dtype = dtype
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is held."""
+        return [self.keys, self.values] if self.is_initialized else []
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,15 +249,24 @@ class LatentCache(Cache):
         spec: the model.
         ranks: which layers hold latents; None for all dense.
         dtype: 16-bit dtype of what is stored; float32 is accepted for tests of exactness.
+        codes: how the latents of which layers are coded; None stores them in ``dtype``.
     """
 
     def __init__(
-        self, spec: ModelSpec, ranks: RankMap | None = None, dtype: torch.dtype = torch.bfloat16
+        self,
+        spec: ModelSpec,
+        ranks: RankMap | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        codes: Mapping[int, LayerCodes] | None = None,
     ) -> None:
+        from starkv_core.packed import PackedLayer  # builds on this module
+
         self.spec, self.ranks = spec, ranks
         layers: list[CacheLayerMixin] = []
         for i in range(spec.n_layers):
-            if ranks is not None and ranks.layers[i] is not None:
+            if codes is not None and i in codes:
+                layers.append(PackedLayer(codes[i], dtype))
+            elif ranks is not None and ranks.layers[i] is not None:
                 layers.append(LatentLayer(dtype))
             elif i in spec.windows:
                 layers.append(WindowLayer(spec.windows[i], dtype))
@@ -256,7 +277,7 @@ class LatentCache(Cache):
     @property
     def steppable(self) -> bool:
         """Whether every layer can be written at a slot that a tensor names."""
-        return all(isinstance(layer, _GrowingLayer) for layer in self.layers)
+        return all(isinstance(layer, _GrowingLayer) and layer.steppable for layer in self.layers)
 
     def reserve(self, batch: int, tokens: int, device: torch.device) -> None:
         """Make room for ``tokens`` tokens in every layer at once; what is held stays."""
@@ -280,7 +301,7 @@ class LatentCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held now, slots allocated ahead included."""
-        held = (t for layer in self.layers for t in (layer.keys, layer.values) if t is not None)
+        held = (t for layer in self.layers for t in layer.tensors())
         return sum(t.untyped_storage().nbytes() for t in held)
 
     @property

@@ -38,7 +38,8 @@ class CapturedStep:
         first: int32 ``[B]``, the first slot of each row (left padding), or None.
 
     Raises:
-        CaptureError: no GPU or several, a sliding window, or the capture itself fails.
+        CaptureError: no GPU or several, a sliding window, a packed layer, or the capture itself
+            fails.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class CapturedStep:
         if tokens.device.type != "cuda":
             raise CaptureError("CUDA graphs need a GPU")
         if not cache.steppable:
-            raise CaptureError("layers under a sliding window move their slots")
+            raise CaptureError("layers under a sliding window, or packed, move their slots")
         if any(layer.device != tokens.device for layer in cache.layers):
             raise CaptureError("the model's layers are on several devices")
         self._model, self._cache, self._sampler = subject.model, cache, sampler

@@ -36,6 +36,9 @@ from starkv_core.factors import (
 from starkv_core.models.load import LoadedModel, load
 from starkv_core.models.spec import ModelSpec
 from starkv_core.provenance import sha256_file
+from starkv_core.quant.artifact import TENSORS as QUANT_TENSORS
+from starkv_core.quant.artifact import is_quantised, read_quantisation, shape_faults
+from starkv_core.quant.layer import QuantLayer
 from starkv_core.rank_map import LayerRanks, RankMap
 from starkv_core.recipe import Recipe, load_recipe
 from starkv_core.surgery import WeightsOf, compressed
@@ -116,7 +119,8 @@ class Subject:
 
     def new_cache(self) -> LatentCache:
         """An empty cache for ``generate`` or ``forward`` inside :meth:`active`."""
-        return LatentCache(self.spec, self.ranks, self.store_dtype)
+        codes = {i: w.codes for i, w in self.weights.items() if w.codes is not None}
+        return LatentCache(self.spec, self.ranks, self.store_dtype, codes)
 
 
 def _always(weights: LatentWeights) -> WeightsOf:
@@ -141,12 +145,12 @@ def dense_subject(loaded: LoadedModel) -> Subject:
 def deployed_subject(
     loaded: LoadedModel,
     ranks: RankMap,
-    layers: Mapping[int, FoldedLayer],
+    layers: Mapping[int, FoldedLayer] | Mapping[int, QuantLayer],
     run_dir: Path | None = None,
     store_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Subject:
-    """A compressed model from folded factors, in the dtype and on the devices of the base model.
+    """A compressed model from folded or quantised factors, in the dtype and on the devices of the base model.
 
     Raises:
         UserError: the backend asked for cannot run here.
@@ -224,6 +228,7 @@ def open_subject(
     dtype: str = "auto",
     model: str | None = None,
     backend: str | None = None,
+    quantised: bool = True,
 ) -> Subject:
     """Open a run folder, a model folder or a hub id; None is the embedded model.
 
@@ -232,6 +237,7 @@ def open_subject(
             a map is given, a run has the map of its recipe.
         model: where the base model of a run lies now, if it has moved.
         backend: of latent attention, ``reference`` or ``triton``; None is the best that can run.
+        quantised: whether a quantised run is opened as such, or with its latents in 16 bits.
 
     Raises:
         UserError: not there, unfinished, damaged, or made for another base model.
@@ -247,9 +253,14 @@ def open_subject(
         )
     settle_factors(run_dir, manifest)
     base = manifest["base_model"]
-    ranks = read_ranks(run_dir)
+    coded = quantised and is_quantised(manifest)
     # Cheap faults first: the files are checked before the model is loaded.
-    layers = read_folded(run_dir, ranks, manifest["files"][FACTORS])
+    layers: Mapping[int, FoldedLayer] | Mapping[int, QuantLayer]
+    if coded:
+        layers, ranks = read_quantisation(run_dir, manifest, manifest["files"][FACTORS])
+    else:
+        ranks = read_ranks(run_dir)
+        layers = read_folded(run_dir, ranks, manifest["files"][FACTORS])
     recipe = load_recipe(run_dir / RECIPE)
     loaded = load(
         model or base.get("name"),
@@ -260,9 +271,10 @@ def open_subject(
     )
     check_base(run_dir, base, loaded)
     ranks.check(loaded.spec, f"{run_dir}/{RANKS}")
-    faults = list(_shape_faults(layers, loaded.spec))
+    faults = list((shape_faults if coded else _shape_faults)(layers, loaded.spec))  # type: ignore[operator]
     if faults:
-        raise UserError.many(f"{run_dir}/{FACTORS}: does not fit the model", faults)
+        name = QUANT_TENSORS if coded else FACTORS
+        raise UserError.many(f"{run_dir}/{name}: does not fit the model", faults)
     return deployed_subject(loaded, ranks, layers, run_dir, backend=backend)
 
 
