@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import typer
 from typer.core import TyperGroup
 
-from starkv_cli.commands import analyze, bench, calibrate, chat, eval
+from starkv_cli.commands import analyze, bench, calibrate, chat, eval, quantize
 from starkv_cli.console import Interrupted, note
 from starkv_core import __version__
 from starkv_core.errors import StarkvError
@@ -58,7 +58,7 @@ def starkv(
     """
 
 
-for _command in (analyze, calibrate, eval, chat, bench):
+for _command in (analyze, calibrate, quantize, eval, chat, bench):
     _command.register(app)
 
 

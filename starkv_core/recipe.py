@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 
 from starkv_core.artifacts import SCHEMA, check_schema, parse_yaml, read_yaml
 from starkv_core.errors import UserError
-from starkv_core.sizes import bytes_of, tokens_of
+from starkv_core.sizes import fit_of
 
 Method = Literal["star", "paper"]
 
@@ -89,12 +89,12 @@ class BudgetSection:
     @property
     def fit_tokens(self) -> int:
         """Tokens per sequence that ``fit`` asks for. Only where fit is given."""
-        return _parse_fit(self.fit or "")[0]
+        return fit_of(self.fit or "")[0]
 
     @property
     def fit_bytes(self) -> int:
         """Bytes that ``fit`` allows all ``batch`` sequences together. Only where fit is given."""
-        return _parse_fit(self.fit or "")[1]
+        return fit_of(self.fit or "")[1]
 
 
 @dataclass(frozen=True)
@@ -411,7 +411,7 @@ class _Resolver:
             self.faults.append("budget.batch: only with fit; the batch of a training step is batch")
         if isinstance(raw.get("fit"), str):
             try:
-                _parse_fit(raw["fit"])
+                fit_of(raw["fit"])
             except ValueError as error:
                 self.faults.append(f"budget.fit: {error}, got {raw['fit']!r}")
 
@@ -487,17 +487,6 @@ def _plain(value: object) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return list(value) if isinstance(value, tuple) else value
-
-
-def _parse_fit(text: str) -> tuple[int, int]:
-    """Tokens and bytes of a text such as ``32k@8GiB``; ValueError says what was expected."""
-    tokens, _, memory = text.replace(" ", "").partition("@")
-    count, size = tokens_of(tokens), bytes_of(memory)
-    if count is None or size is None:
-        raise ValueError("must be TOKENS@MEMORY such as 32k@8GiB")
-    if count == 0 or size == 0:
-        raise ValueError("must be above zero on both sides")
-    return count, size
 
 
 # --- finding -------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def deployed_subject(
     store_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Subject:
-    """A compressed model from folded or quantised factors, in the dtype and on the devices of the base model.
+    """A compressed model from folded or quantised factors, where and as the base model computes.
 
     Raises:
         UserError: the backend asked for cannot run here.
@@ -256,11 +257,14 @@ def open_subject(
     coded = quantised and is_quantised(manifest)
     # Cheap faults first: the files are checked before the model is loaded.
     layers: Mapping[int, FoldedLayer] | Mapping[int, QuantLayer]
+    faults: Callable[[ModelSpec], Iterator[str]]
     if coded:
         layers, ranks = read_quantisation(run_dir, manifest, manifest["files"][FACTORS])
+        faults = partial(shape_faults, layers)
     else:
         ranks = read_ranks(run_dir)
         layers = read_folded(run_dir, ranks, manifest["files"][FACTORS])
+        faults = partial(_shape_faults, layers)
     recipe = load_recipe(run_dir / RECIPE)
     loaded = load(
         model or base.get("name"),
@@ -271,10 +275,10 @@ def open_subject(
     )
     check_base(run_dir, base, loaded)
     ranks.check(loaded.spec, f"{run_dir}/{RANKS}")
-    faults = list((shape_faults if coded else _shape_faults)(layers, loaded.spec))  # type: ignore[operator]
-    if faults:
+    found = list(faults(loaded.spec))
+    if found:
         name = QUANT_TENSORS if coded else FACTORS
-        raise UserError.many(f"{run_dir}/{name}: does not fit the model", faults)
+        raise UserError.many(f"{run_dir}/{name}: does not fit the model", found)
     return deployed_subject(loaded, ranks, layers, run_dir, backend=backend)
 
 

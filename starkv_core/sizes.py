@@ -1,4 +1,4 @@
-"""Sizes as people write them: 32k tokens, 80GiB."""
+"""Sizes as people write them: 32k tokens, 80GiB, 32k@8GiB."""
 
 from __future__ import annotations
 
@@ -21,3 +21,14 @@ def bytes_of(text: str) -> int | None:
         return None
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** (1 + "KMGT".index(match[2])))
+
+
+def fit_of(text: str) -> tuple[int, int]:
+    """Tokens and bytes of a text such as ``32k@8GiB``; ValueError says what was expected."""
+    tokens, _, memory = text.replace(" ", "").partition("@")
+    count, size = tokens_of(tokens), bytes_of(memory)
+    if count is None or size is None:
+        raise ValueError("must be TOKENS@MEMORY such as 32k@8GiB")
+    if count == 0 or size == 0:
+        raise ValueError("must be above zero on both sides")
+    return count, size

@@ -78,7 +78,7 @@ from starkv_core.run import (
 METRICS = "metrics.jsonl"
 CALIBRATION = "calibration"  # folder of resumable state
 _CHECK_SEQUENCES = 4  # kept out of training, to measure the exported model on
-_LOSS_SCALE = 1024.0  # float16 alone: activations' gradients, a mean over tokens, would underflow
+LOSS_SCALE = 1024.0  # float16 alone: activations' gradients, a mean over tokens, would underflow
 MICRO_TOKENS = 4096  # tokens that go through the model at once
 _DISK_BYTES = 28  # a trained number: its start, the state and, while that is replaced, the next one
 _DISK_ONE_SHOT = 8  # the same without training: trained and folded form
@@ -376,7 +376,7 @@ class _Calibration:
         o = self.recipe.optim
         groups: list[dict[str, Any]] = []
         for f in self.factors():
-            sizes = {"up": _rms(f.up), "down": _rms(f.down)}
+            sizes = {"up": rms(f.up), "down": rms(f.down)}
             if f.bias is not None:
                 # A bias may start at zero; its scale is that of the outputs it is added to.
                 sizes["bias"] = float((f.up * f.sigma).detach().square().sum(1).mean().sqrt())
@@ -393,7 +393,7 @@ class _Calibration:
     def step(self, step: int) -> float:
         """One optimiser step; returns the mean KL before it."""
         recipe = self.recipe
-        scale = _schedule(step, recipe.steps, recipe.optim.warmup)
+        scale = schedule(step, recipe.steps, recipe.optim.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * scale
         shift: torch.Tensor | float = self.shift
@@ -403,7 +403,7 @@ class _Calibration:
         rows = self.batch(step)
         size = max(1, MICRO_TOKENS // recipe.data.length)
         pieces = rows.split(size)
-        magnified = _LOSS_SCALE if self.loaded.dtype == torch.float16 else 1.0
+        magnified = LOSS_SCALE if self.loaded.dtype == torch.float16 else 1.0
         total = 0.0
         for n, piece in enumerate(pieces):
             piece = piece.to(self.loaded.device)
@@ -681,7 +681,7 @@ def _ranks_hash(ranks: RankMap) -> str:
     return hashlib.sha256(json.dumps(ranks.to_dict()).encode()).hexdigest()
 
 
-def _schedule(step: int, steps: int, warmup: float) -> float:
+def schedule(step: int, steps: int, warmup: float) -> float:
     """Linear warm-up, then a cosine to zero."""
     rise = max(1, round(warmup * steps))
     if step < rise:
@@ -689,5 +689,5 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def _rms(tensor: torch.Tensor) -> float:
+def rms(tensor: torch.Tensor) -> float:
     return float(tensor.detach().square().mean().sqrt())

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-COMMANDS = ("analyze", "calibrate", "eval", "chat", "bench")
+COMMANDS = ("analyze", "calibrate", "quantize", "eval", "chat", "bench")
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy")
 
 

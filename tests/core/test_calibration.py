@@ -22,10 +22,10 @@ from starkv_core.calibrate import export_run, plan, run_calibration
 from starkv_core.calibrate.loop import (
     CalibrationResult,
     _Calibration,
-    _schedule,
     budget_for,
     calibration_tokens,
     deployed_kl,
+    schedule,
 )
 from starkv_core.calibrate.start import build_start, gate_settings
 from starkv_core.calibrate.student import Student
@@ -366,7 +366,7 @@ def test_pieces_of_a_batch_add_up(
 
 def test_learning_rate_over_the_steps() -> None:
     """Linear over the warm-up, then half a cosine to zero."""
-    found = [_schedule(step, 100, 0.05) for step in range(100)]
+    found = [schedule(step, 100, 0.05) for step in range(100)]
     assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert found[5] == 1.0 and found[52] == pytest.approx(0.5, abs=0.01)
     assert found[5:] == sorted(found[5:], reverse=True) and 0.0 < found[-1] < 1e-3
