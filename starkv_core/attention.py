@@ -206,21 +206,20 @@ class CompressedAttention:
         keys, values = latents(weights, hidden)
         q = self.family.queries(self.module, hidden, spec.head_dim)
         scale = self.module.scaling
-        past, layer, exact = 0, None, None
-        decodes = cache is not None and n_new <= DECODE_QUERIES
-        if cache is not None:
-            layer = self._layer(cache, weights.codes)
-            past = layer.length
-            if not isinstance(layer, PackedLayer):
-                keys, values = layer.append(keys, values)
-            elif decodes and past > 0:
-                layer.store(keys, values)
-            else:
-                decodes = False
-                keys, values, exact = layer.append_prompt(keys, values)
-        if layer is not None and decodes:
+        layer = None if cache is None else self._layer(cache, weights.codes)
+        past, exact = 0 if layer is None else layer.length, None
+        decodes = layer is not None and n_new <= DECODE_QUERIES
+        if isinstance(layer, PackedLayer) and decodes and past > 0:
+            layer.store(keys, values)
+            out = self._decode_packed(weights, q, layer, mask)
+        elif layer is not None and decodes and not isinstance(layer, PackedLayer):
+            layer.append(keys, values)
             out = self._decode(weights, q, layer, mask)
         else:
+            if isinstance(layer, PackedLayer):
+                keys, values, exact = layer.append_prompt(keys, values)
+            elif layer is not None:
+                keys, values = layer.append(keys, values)
             # In the model's own precision, as the base model turns its keys: float32 would double
             # the traffic of a prompt.
             tables = self.tables.slots(past + n_new, hidden.device)
@@ -273,22 +272,35 @@ class CompressedAttention:
             cos, sin = self.tables.slots(layer.room, q.device)
             cos, sin = cos.index_select(0, step.slot), sin.index_select(0, step.slot)
             filled, first, mask = step.filled, step.first, None
-        keys, values = (
-            layer.padded_latents(weights.head_order)
-            if isinstance(layer, PackedLayer)
-            else layer.buffers()
-        )
         return latent_attention(
             rotate(q, cos, sin),
-            keys,
-            values,
+            *layer.buffers(),
             weights.factors,
             self.tables,
             filled=filled,
             scale=self.module.scaling,
             first=first,
             mask=mask,
-            backend=self.backend if weights.codes is None else "reference",
+            backend=self.backend,
+        )
+
+    def _decode_packed(
+        self, weights: LatentWeights, q: torch.Tensor, layer: PackedLayer, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention of the few tokens just stored: codes are read, sinks and window are exact.
+
+        All of them see the window as it stands after the last one. Arguments as :meth:`_decode`.
+        """
+        n_new, length = q.shape[2], layer.length
+        cos, sin = self.tables.slots(length, q.device)
+        return latent_attention(
+            rotate(q, cos[-n_new:], sin[-n_new:]),
+            *layer.padded_latents(weights.head_order),
+            weights.factors,
+            self.tables,
+            filled=torch.full((1,), length, dtype=torch.int32, device=q.device),
+            scale=self.module.scaling,
+            mask=None if mask is None else _checked(mask)[..., :length],
         )
 
     def _layer(self, cache: Any, codes: LayerCodes | None) -> LatentLayer:

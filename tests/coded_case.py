@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from triton_ops.latent_codes import CodeLayout, Codec, LayerCodes, Section
+from starkv_core.attention import LatentWeights
+from triton_ops.latent_codes import Codec, CodeLayout, LayerCodes, Section
 
 WIDTHS = {2: [2], 3: [2, 1], 4: [4], 8: [8]}
 
@@ -156,3 +158,56 @@ class SlowCache:
             i: torch.tensor([row[i]["coded"][side][0] for row in self.rows], dtype=torch.uint8)
             for i in coded
         }
+
+
+def coded_weights(
+    weights: LatentWeights,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    bits: tuple[int, int] = (4, 3),
+    groups: str = "row",
+    measure: str = "rms",
+    zero: str = "rise",
+    sinks: int = 0,
+    window: int = 0,
+    prefill: str = "exact",
+) -> LatentWeights:
+    """A layer whose cache is coded: the first half of every head's channels, then the others.
+
+    Args:
+        keys, values: ``[..., R]`` and ``[..., r_v]``, latents whose deviations set the steps.
+        bits: of the first half of each head's channels (and of the values'), and of the rest.
+    """
+    real = weights.key_index != 0
+    real[:, 0] = True
+    heads = [index[mask].tolist() for index, mask in zip(weights.key_index, real, strict=True)]
+    halves = [[h[: (len(h) + 1) // 2] for h in heads], [h[(len(h) + 1) // 2 :] for h in heads]]
+    order = torch.tensor([c for half in halves for part in half for c in part])
+    place = {c: i for i, c in enumerate(order.tolist())}
+    index = weights.key_index.clone()
+    for row, channels in zip(index, heads, strict=True):
+        row[: len(channels)] = torch.tensor([place[c] for c in channels])
+
+    def made(side: str, counts: list[int], sample: torch.Tensor) -> Codec:
+        sections = [(b, n) for b, n in zip(bits, counts, strict=True) if n]
+        plain = codec(side, sections, groups, measure=measure, zero=zero)
+        if measure == "absmax":
+            return plain
+        sigma = sample.flatten(0, -2).std(0).float()
+        step = sigma * 4 / 2.0 ** plain.layout.bits()
+        return replace(plain, step=step, weight=1 / sigma)
+
+    first = (values.shape[-1] + 1) // 2
+    return replace(
+        weights,
+        key_down=weights.key_down[order],
+        key_index=index,
+        codes=LayerCodes(
+            made("key", [sum(map(len, half)) for half in halves], keys[..., order]),
+            made("value", [first, values.shape[-1] - first], values),
+            sinks,
+            window,
+            prefill,
+        ),
+    )

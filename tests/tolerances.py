@@ -27,3 +27,11 @@ FP16_TABLE = 7e-4
 
 FP32_TABLE = 1e-7
 """The same of float32 tables: half a last digit, 2^-24 of 1 to 2."""
+
+EIGHT_BIT_LATENTS = 0.05
+"""Relative error of logits with all latents in 8 bits, a step of 1 / 127 of a row's largest."""
+
+MOVED_CODES = 5e-3
+"""Relative error of logits between two orders of float32 sums through quantisers of 3 and 4 bits: a
+latent may fall on the other side of a rounding, one in 1e5, and then differs by a whole step (4e-4
+measured for one, 5e-7 for none). Where sums are exact, tests ask for FP32_LOGITS."""

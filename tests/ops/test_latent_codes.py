@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.coded_case import codec, quantised, read_bits
-from triton_ops.latent_codes import TILE, CodeLayout, Codec, LayerCodes, Section, pack, unpack
+from triton_ops.latent_codes import TILE, Codec, CodeLayout, LayerCodes, Section, pack, unpack
 
 SIDES = ["key", "value"]
 MIXES = {
