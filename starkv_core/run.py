@@ -37,8 +37,8 @@ from starkv_core.factors import (
 from starkv_core.models.load import LoadedModel, load
 from starkv_core.models.spec import ModelSpec
 from starkv_core.provenance import sha256_file
+from starkv_core.quant.artifact import QUANT, is_quantised, read_quantisation, shape_faults
 from starkv_core.quant.artifact import TENSORS as QUANT_TENSORS
-from starkv_core.quant.artifact import is_quantised, read_quantisation, shape_faults
 from starkv_core.quant.layer import QuantLayer
 from starkv_core.rank_map import LayerRanks, RankMap
 from starkv_core.recipe import Recipe, load_recipe
@@ -274,7 +274,7 @@ def open_subject(
         revision=base.get("revision"),
     )
     check_base(run_dir, base, loaded)
-    ranks.check(loaded.spec, f"{run_dir}/{RANKS}")
+    ranks.check(loaded.spec, f"{run_dir}/{QUANT if coded else RANKS}")
     found = list(faults(loaded.spec))
     if found:
         name = QUANT_TENSORS if coded else FACTORS

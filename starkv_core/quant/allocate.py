@@ -113,7 +113,11 @@ def _slope(a: Option, b: Option) -> float:
 
 
 def key_options(
-    costs: dict[int, torch.Tensor], widths: Sequence[int], slots: int, kept_bytes: int
+    costs: dict[int, torch.Tensor],
+    widths: Sequence[int],
+    slots: int,
+    kept_bytes: int,
+    least: int = 1,
 ) -> list[Option]:
     """Options of the keys of a layer: leading blocks in one width, the next in another, rest out.
 
@@ -124,6 +128,7 @@ def key_options(
         widths: bits to use, descending.
         slots: that codes are allocated for.
         kept_bytes: what a channel takes in sinks and window; their rows are padded.
+        least: leading channels that must stay.
     """
     sums = {bits: _block_sums(cost) for bits, cost in costs.items()}
     blocks = len(sums[0]) - 1
@@ -143,7 +148,8 @@ def key_options(
             found.append(option(first, high, 0, high))
             for low in widths[i + 1 :]:
                 found += [option(first, high, n, low) for n in range(1, blocks - first + 1)]
-    return found
+    needed = -(-least // BLOCK)
+    return [o for o in found if 0 not in o.bits[:needed]]
 
 
 def value_options(

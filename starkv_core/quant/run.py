@@ -25,7 +25,7 @@ from starkv_core.errors import RunFailure, UserError
 from starkv_core.models.spec import ModelSpec
 from starkv_core.progress import SILENT, Progress
 from starkv_core.provenance import git_commit, versions
-from starkv_core.quant.allocate import BLOCK, Option, allocate, floor, key_options, value_options
+from starkv_core.quant.allocate import BLOCK, Option, allocate, key_options, value_options
 from starkv_core.quant.artifact import (
     quantised_ranks,
     refuse_quantised,
@@ -57,6 +57,7 @@ from starkv_core.run import (
     locked,
     open_subject,
 )
+from triton_ops.latent_attention import row_width
 from triton_ops.latent_codes import TILE, tiles
 
 KL_LIMIT = 0.5  # nats a token: above it the quantised model no longer says what it said before
@@ -65,7 +66,6 @@ _MEASURE_TOKENS = 16384
 _PROBES = 4  # sequences for sensitivities
 _CHECK_ROWS = 2  # of those that calibration keeps out of training
 _CHECK_TOKENS = 256  # of each, read token by token
-_STATIC = "static"
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,10 @@ def quantize_run(
                 f"context {tokens}: longer than the model's, which is {subject.max_positions} "
                 "tokens; give a shorter one"
             )
-        limit = None if scheme.name == "paper" else byte_limit(budget, tokens, subject, scheme)
+        limit = None
+        if scheme.name != "paper":
+            limit = byte_limit(budget, tokens, subject, scheme)
+            check_floor(subject, scheme, limit, tokens)
         rows = calibration_tokens(recipe, subject.tokenizer)
         check, pool = rows[:_CHECK_ROWS, :_CHECK_TOKENS], rows[4:]
         layers = quantise(subject, scheme, limit, tokens, pool, progress)
@@ -323,6 +326,40 @@ def dense_bytes(spec: ModelSpec, tokens: int) -> int:
         min(tokens, windows[i] - 1) if i in windows else tokens for i in range(spec.n_layers)
     )
     return held * 2 * spec.kv_width * 2
+
+
+def check_floor(subject: Subject, scheme: Scheme, limit: int, tokens: int) -> None:
+    """Refuse a limit that no allocation can meet.
+
+    Raises:
+        UserError: naming the floor.
+    """
+    assert subject.ranks is not None
+    width, kept = min(scheme.widths), 2 * (scheme.sinks + scheme.window)
+    least = _fixed_bytes(subject, scheme, tokens)
+    for layer in subject.ranks.layers:
+        if layer is not None:
+            keys, values = (min(BLOCK, sum(ranks)) for ranks in (layer.keys, layer.values))
+            # Keys need a block, and one channel in every head.
+            blocks = -(-max(keys, len(layer.keys)) // BLOCK)
+            keys = min(blocks * BLOCK, sum(layer.keys))
+            least += (blocks * BLOCK + values) * width * tiles(tokens) * TILE // 8
+            least += (row_width(keys) + row_width(values)) * kept
+    if limit < least:
+        dense = dense_bytes(subject.spec, tokens)
+        raise UserError(
+            f"budget: {limit / tokens:.1f} bytes per token at {tokens} tokens are below the floor "
+            f"of {least / tokens:.1f} (ratio {dense / least:.2f}): every layer keeps {BLOCK} "
+            f"channels of keys and of values in {width} bits, and {scheme.sinks} sinks and a "
+            f"window of {scheme.window} tokens in 16; raise the budget"
+            + (", or lower --window" if scheme.window else "")
+        )
+
+
+def _fixed_bytes(subject: Subject, scheme: Scheme, tokens: int) -> int:
+    """Bytes that no allocation changes: dense layers, and scales of tokens."""
+    scales = 0 if scheme.scales == "static" else 2 * 2 * tiles(tokens) * TILE
+    return scales * len(subject.weights) + _dense_part(subject, tokens)
 
 
 def _dense_part(subject: Subject, tokens: int) -> int:
@@ -414,11 +451,7 @@ def allocated(
     limit: int,
     tokens: int,
 ) -> dict[int, list[torch.Tensor]]:
-    """Bits of every channel, int64 ``[R]`` for keys and values of each layer, under ``limit``.
-
-    Raises:
-        UserError: below the floor, which is named.
-    """
+    """Bits of every channel, int64 ``[R]`` for keys and values of each layer, under ``limit``."""
     room, kept = tiles(tokens) * TILE, 2 * (scheme.sinks + scheme.window)
     groups: list[Sequence[Option]] = []
     places: list[tuple[int, int, int]] = []
@@ -426,24 +459,14 @@ def allocated(
         for number, (side, weight) in enumerate(zip(pair, worth[i], strict=True)):
             costs = {b: c * weight for b, c in coding_costs(side, scheme.widths).items()}
             if number == 0:
-                groups.append(key_options(costs, scheme.widths, room, kept))
+                owners = int(side.owner.max()) + 1
+                groups.append(key_options(costs, scheme.widths, room, kept, owners))
                 places.append((i, 0, 0))
             else:
                 for n, options in enumerate(value_options(costs, scheme.widths, room, kept)):
                     groups.append(options)
                     places.append((i, 1, n * BLOCK))
-    scales = 0 if scheme.scales == _STATIC else 2 * 2 * room * len(sides)
-    fixed = scales + _dense_part(subject, tokens)
-    least = floor(groups) + fixed
-    if limit < least:
-        dense = dense_bytes(subject.spec, tokens)
-        raise UserError(
-            f"budget: {limit / tokens:.1f} bytes per token at {tokens} tokens are below the floor "
-            f"of {least / tokens:.1f} (ratio {dense / least:.2f}): every layer keeps {BLOCK} "
-            f"channels of keys and of values in {min(scheme.widths)} bits, and {scheme.sinks} "
-            f"sinks and a window of {scheme.window} tokens in 16; raise the budget"
-            + (", or lower --window" if scheme.window else "")
-        )
+    fixed = _fixed_bytes(subject, scheme, tokens)
     bits = {i: [torch.zeros(s.channels, dtype=torch.long) for s in sides[i]] for i in sides}
     for (i, number, start), option in zip(places, allocate(groups, limit - fixed), strict=True):
         for n, width in enumerate(option.bits):

@@ -58,9 +58,6 @@ def test_help_lists_the_commands_there_are() -> None:
     text = starkv("--help").stdout
     for command in COMMANDS:
         assert f" {command} " in text
-    for planned in ("quantize",):
-        assert planned not in text
-        assert starkv(planned).returncode == 2
 
 
 @pytest.mark.parametrize("args", [[], ["analyze"]])
