@@ -8,8 +8,6 @@ import torch
 GAUSSIAN_STEPS = {2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
 # Of those, in steps of 4%: from 0.55 (uniform spread) to 2.0 (heavy tails).
 _MULTIPLIERS = tuple(1.04**n for n in range(-15, 18))
-    1.08**n for n in range(-8, 10)
-)  # of those: 0.54 (uniform) to 2.0 (heavy tails)
 
 
 def best_steps(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
