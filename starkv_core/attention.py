@@ -6,7 +6,7 @@ padding and later turns need nothing more (docs/design.md, traps 2 and 13).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -23,6 +23,7 @@ from triton_ops.latent_attention import (
     expand_heads,
     latent_attention,
     rotate,
+    row_width,
 )
 
 DECODE_QUERIES = 16  # up to so many new tokens read the latents; more rebuild keys for SDPA
@@ -33,16 +34,18 @@ class LatentWeights:
     """The matrices of one compressed layer, in the dtype and on the device they are used with.
 
     Attributes:
-        key_down: ``[R, d]``, latents of all key heads side by side.
+        key_down: ``[R, d]``, latents of all key heads side by side; a view of ``down``.
         key_index: int64 ``[H_kv, r]``, the channels of each head, padded with 0.
         key_up: ``[H_kv, D, r]``, zero in padded columns.
         key_bias: ``[H_kv, D]`` or None.
-        value_down: ``[r_v, d]``.
+        value_down: ``[r_v, d]``, a view of ``down``.
         value_up: ``[H_kv, D, r_v]``.
         value_bias: ``[H_kv, D]`` or None.
         key_eps: epsilon of the RMSNorm on keys; latents are then normalised before caching.
         key_gram: ``[H_kv, r, r]``, ``U^T U`` before the norm's weight is folded in; None when ``U``
             is orthonormal.
+        down: both in one matrix, so that one product makes keys and values; each is followed by
+            rows of zeros up to :func:`row_width`, so that both begin on 16 bytes.
     """
 
     key_down: torch.Tensor
@@ -54,11 +57,28 @@ class LatentWeights:
     value_bias: torch.Tensor | None
     key_eps: float | None = None
     key_gram: torch.Tensor | None = None
+    down: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        keys, values = self.key_down, self.value_down
+        padded = [F.pad(t, (0, 0, 0, row_width(len(t)) - len(t))) for t in (keys, values)]
+        down = torch.cat(padded)
+        start = len(padded[0])
+        object.__setattr__(self, "down", down)
+        object.__setattr__(self, "key_down", down[: len(keys)])
+        object.__setattr__(self, "value_down", down[start : start + len(values)])
+
+    @cached_property
+    def real_channels(self) -> torch.Tensor:
+        """Bool ``[H_kv, r]``: False where ``key_index`` is padding (0 out of its own place)."""
+        real = self.key_index != 0
+        real[:, 0] = True  # heads of the first group all begin there
+        return real
 
     @cached_property
     def channel_heads(self) -> torch.Tensor:
         """Int64 ``[R]``: the head of each channel (the last one where heads share channels)."""
-        real = _real_channels(self.key_index)
+        real = self.real_channels
         heads = torch.arange(len(real), device=real.device)[:, None].expand_as(real)
         owner = torch.empty(self.key_down.shape[0], dtype=torch.long, device=real.device)
         owner[self.key_index[real]] = heads[real]
@@ -67,7 +87,7 @@ class LatentWeights:
     @cached_property
     def factors(self) -> LatentFactors:
         """The same as latent attention takes them; made once."""
-        ranks = _real_channels(self.key_index).sum(-1).tolist()
+        ranks = self.real_channels.sum(-1).tolist()
         layout = KeyLayout(tuple(ranks), tuple(self.key_index[:, 0].tolist()))
         return LatentFactors(layout, self.key_up, self.key_bias, self.value_up)
 
@@ -99,18 +119,19 @@ def padded_index(
 
 def latents(weights: LatentWeights, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What is cached for ``hidden [B, L, d]``: ``[B, L, R]`` for keys, ``[B, L, r]`` for values."""
-    keys = F.linear(hidden, weights.key_down)
+    both = F.linear(hidden, weights.down)
+    keys = both[..., : len(weights.key_down)]
+    values = both[..., row_width(keys.shape[-1]) :][..., : len(weights.value_down)]
     if weights.key_eps is not None:
         keys = _normalised(weights, keys, weights.key_eps)
-    return keys, F.linear(hidden, weights.value_down)
+    return keys, values
 
 
 def _normalised(weights: LatentWeights, keys: torch.Tensor, eps: float) -> torch.Tensor:
     """Latents over the root mean square of their key (docs/design.md section 2, QK-norm)."""
     heads, dim, rank = weights.key_up.shape
     x = keys[..., weights.key_index.reshape(-1)].unflatten(-1, (heads, rank)).float()
-    real = _real_channels(weights.key_index)
-    x = x * real
+    x = x * weights.real_channels
     energy = (
         x.square().sum(-1)
         if weights.key_gram is None
@@ -118,13 +139,6 @@ def _normalised(weights: LatentWeights, keys: torch.Tensor, eps: float) -> torch
     )
     scale = torch.rsqrt(energy / dim + eps)
     return (keys * scale[..., weights.channel_heads]).to(keys.dtype)
-
-
-def _real_channels(index: torch.Tensor) -> torch.Tensor:
-    """Bool ``[H_kv, r]``: False where ``key_index`` is padding (0 out of its own place)."""
-    real = index != 0
-    real[:, 0] = True  # heads of the first group all begin there
-    return real
 
 
 class CompressedAttention:
