@@ -25,6 +25,7 @@ from triton_ops.latent_attention import (
     rotate,
     row_width,
 )
+from triton_ops.rope_append import rope_append
 
 DECODE_QUERIES = 16  # up to so many new tokens read the latents; more rebuild keys for SDPA
 
@@ -141,6 +142,13 @@ def _normalised(weights: LatentWeights, keys: torch.Tensor, eps: float) -> torch
     return (keys * scale[..., weights.channel_heads]).to(keys.dtype)
 
 
+@lru_cache(maxsize=8)  # all layers of a forward ask for the same
+@torch.inference_mode(False)
+def _filled(slots: int, device: torch.device) -> torch.Tensor:
+    """Int32 ``[1]``: slots filled, for the ops that read it on the device."""
+    return torch.full((1,), slots, dtype=torch.int32, device=device)
+
+
 class CompressedAttention:
     """Forward of one attention module with compressed keys and values.
 
@@ -188,14 +196,14 @@ class CompressedAttention:
         keys, values = latents(weights, hidden)
         q = self.family.queries(self.module, hidden, spec.head_dim)
         scale = self.module.scaling
-        past, layer = 0, None
-        if cache is not None:
-            layer = self._layer(cache)
-            past = layer.length
-            keys, values = layer.append(keys, values)
+        layer = None if cache is None else self._layer(cache)
         if layer is not None and n_new <= DECODE_QUERIES:
-            out = self._decode(weights, q, layer, mask)
+            out = self._decode(weights, q, keys, values, layer, mask)
         else:
+            past = 0
+            if layer is not None:
+                past = layer.length
+                keys, values = layer.append(keys, values)
             # In the model's own precision, as the base model turns its keys: float32 would double
             # the traffic of a prompt.
             tables = self.tables.slots(past + n_new, hidden.device)
@@ -218,35 +226,41 @@ class CompressedAttention:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=shared
             )
+        out = out.transpose(1, 2)
         if weights.value_bias is not None:
             # The probabilities sum to 1, so the bias passes through attention unchanged.
-            out = out + weights.value_bias.repeat_interleave(spec.group, 0)[:, None, :]
-        return self.module.o_proj(out.transpose(1, 2).flatten(2))
+            out = out.unflatten(2, (-1, spec.group)) + weights.value_bias[:, None, :]
+        return self.module.o_proj(out.flatten(2))
 
     def _decode(
-        self, weights: LatentWeights, q: torch.Tensor, layer: LatentLayer, mask: torch.Tensor | None
+        self,
+        weights: LatentWeights,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer: LatentLayer,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention of the few tokens just appended, straight from the latents.
+        """Append a few tokens and attend with them, straight from the latents.
 
         Args:
             q: ``[B, H, n, D]`` before RoPE.
+            keys, values: latents of the new tokens.
             mask: as :meth:`__call__` has it; in a captured step its row lengths say it all.
         """
-        n_new, step = q.shape[2], layer.step
+        layer.admit(keys, values)
+        step, buffers = layer.step, layer.buffers()
         if step is None:
-            cos, sin = self.tables.slots(layer.length, q.device)
-            cos, sin = cos[-n_new:], sin[-n_new:]
-            filled = torch.full((1,), layer.length, dtype=torch.int32, device=q.device)
-            first = None
+            filled, first = _filled(layer.length, q.device), None
             if mask is not None:
                 mask = _checked(mask)[..., : layer.length]
         else:
-            cos, sin = self.tables.slots(layer.room, q.device)
-            cos, sin = cos.index_select(0, step.slot), sin.index_select(0, step.slot)
             filled, first, mask = step.filled, step.first, None
+        tables = self.tables.slots(layer.room, q.device)
+        q = rope_append(q, keys, values, *buffers, *tables, filled=filled, backend=self.backend)
         return latent_attention(
-            rotate(q, cos, sin),
-            *layer.buffers(),
+            q,
+            *buffers,
             weights.factors,
             self.tables,
             filled=filled,
