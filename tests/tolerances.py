@@ -27,3 +27,7 @@ FP16_TABLE = 7e-4
 
 FP32_TABLE = 1e-7
 """The same of float32 tables: half a last digit, 2^-24 of 1 to 2."""
+
+NEAR_TIE = 0.02
+"""Standard deviations of the logits by which a greedy token may lie below the best: those of two
+float16 kernels differ by 2^-11 of scores and outputs in each of eight layers."""
