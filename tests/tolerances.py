@@ -31,3 +31,6 @@ FP32_TABLE = 1e-7
 NEAR_TIE = 0.02
 """Standard deviations of the logits by which a greedy token may lie below the best: those of two
 float16 kernels differ by 2^-11 of scores and outputs in each of eight layers."""
+
+FP16_LATENTS = 0.1
+"""A token's latents made by single steps against those of a whole prompt, float16, eight layers."""

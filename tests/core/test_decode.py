@@ -18,7 +18,7 @@ from starkv_core.graphs import capture
 from starkv_core.models import load
 from starkv_core.run import Subject
 from tests import models
-from tests.tolerances import FP32_LOGITS, NEAR_TIE
+from tests.tolerances import FP16_LATENTS, FP32_LOGITS, NEAR_TIE
 
 
 def subject_of(kind: str, skip: int | None = None) -> Subject:
@@ -235,7 +235,8 @@ def test_a_conversation_goes_on_after_captured_steps() -> None:
     """The cache after replays holds what single steps would have left in it."""
     loaded = load(None, device="cuda", dtype="float16")
     subject = models.deployed(loaded, dtype=torch.float16)
-    prompt = torch.randint(20, 400, (2, 40), device="cuda")
+    seeded = torch.Generator("cuda").manual_seed(11)
+    prompt = torch.randint(20, 400, (2, 40), generator=seeded, device="cuda")
     cache = subject.new_cache()
     told = torch.stack(list(stream(subject, prompt, None, 40, sampler=Sampler(), cache=cache)), 1)
     held = cache.get_seq_length()
@@ -246,6 +247,6 @@ def test_a_conversation_goes_on_after_captured_steps() -> None:
         subject.model(input_ids=everything, past_key_values=fresh, use_cache=True)
     for ours, theirs in zip(cache.layers, fresh.layers, strict=True):
         for got, wanted in zip(ours.buffers(), theirs.buffers(), strict=True):
-            torch.testing.assert_close(
-                got[:, :held].float(), wanted[:, :held].float(), rtol=0.05, atol=0.05
-            )
+            gap = (got[:, :held].double() - wanted[:, :held].double()).norm(dim=-1)
+            # Token by token: one in another's slot would be off by its own size.
+            assert float((gap / wanted[:, :held].double().norm(dim=-1)).max()) < FP16_LATENTS
