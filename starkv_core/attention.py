@@ -7,7 +7,7 @@ padding and later turns need nothing more (docs/design.md, traps 2 and 13).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -25,8 +25,10 @@ from triton_ops.latent_attention import (
     expand_heads,
     latent_attention,
     rotate,
+    row_width,
 )
 from triton_ops.latent_codes import LayerCodes
+from triton_ops.rope_append import rope_append
 
 DECODE_QUERIES = 16  # up to so many new tokens read the latents; more rebuild keys for SDPA
 
@@ -36,11 +38,11 @@ class LatentWeights:
     """The matrices of one compressed layer, in the dtype and on the device they are used with.
 
     Attributes:
-        key_down: ``[R, d]``, latents of all key heads side by side.
+        key_down: ``[R, d]``, latents of all key heads side by side; a view of ``down``.
         key_index: int64 ``[H_kv, r]``, the channels of each head, padded with 0.
         key_up: ``[H_kv, D, r]``, zero in padded columns.
         key_bias: ``[H_kv, D]`` or None.
-        value_down: ``[r_v, d]``.
+        value_down: ``[r_v, d]``, a view of ``down``.
         value_up: ``[H_kv, D, r_v]``.
         value_bias: ``[H_kv, D]`` or None.
         key_eps: epsilon of the RMSNorm on keys; latents are then normalised before caching.
@@ -54,6 +56,10 @@ class LatentWeights:
             measure or train it without a cache; None stores latents as they are.
         codes: how the latents are coded in a cache; None keeps them in 16 bits. Channels of a coded
             head may lie apart, in ascending order.
+        down: both in one matrix, so that one product makes keys and values; each is followed by
+            rows of zeros up to :func:`row_width`, so that both begin on 16 bytes.
+        down_bias: what that product adds: the shifts, negated, in the same rows; None where there
+            are none.
     """
 
     key_down: torch.Tensor
@@ -69,11 +75,34 @@ class LatentWeights:
     value_shift: torch.Tensor | None = None
     coding: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
     codes: LayerCodes | None = None
+    down: torch.Tensor = field(init=False)
+    down_bias: torch.Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        keys, values = self.key_down, self.value_down
+        down = torch.cat([F.pad(t, (0, 0, 0, row_width(len(t)) - len(t))) for t in (keys, values)])
+        start = row_width(len(keys))
+        object.__setattr__(self, "down", down)
+        object.__setattr__(self, "key_down", down[: len(keys)])
+        object.__setattr__(self, "value_down", down[start : start + len(values)])
+        bias = None
+        if self.key_shift is not None or self.value_shift is not None:
+            pairs = ((self.key_shift, keys), (self.value_shift, values))
+            shifts = [t.new_zeros(len(t)) if shift is None else shift for shift, t in pairs]
+            bias = -torch.cat([F.pad(t, (0, row_width(len(t)) - len(t))) for t in shifts])
+        object.__setattr__(self, "down_bias", bias)
+
+    @cached_property
+    def real_channels(self) -> torch.Tensor:
+        """Bool ``[H_kv, r]``: False where ``key_index`` is padding (0 out of its own place)."""
+        real = self.key_index != 0
+        real[:, 0] = True  # heads of the first group all begin there
+        return real
 
     @cached_property
     def channel_heads(self) -> torch.Tensor:
         """Int64 ``[R]``: the head of each channel (the last one where heads share channels)."""
-        real = _real_channels(self.key_index)
+        real = self.real_channels
         heads = torch.arange(len(real), device=real.device)[:, None].expand_as(real)
         owner = torch.empty(self.key_down.shape[0], dtype=torch.long, device=real.device)
         owner[self.key_index[real]] = heads[real]
@@ -85,7 +114,7 @@ class LatentWeights:
 
         Of coded layers for rows in the order of :attr:`head_order`.
         """
-        ranks = tuple(_real_channels(self.key_index).sum(-1).tolist())
+        ranks = tuple(self.real_channels.sum(-1).tolist())
         layout = (
             KeyLayout(ranks, tuple(self.key_index[:, 0].tolist()))
             if self.codes is None
@@ -96,7 +125,7 @@ class LatentWeights:
     @cached_property
     def head_order(self) -> torch.Tensor:
         """Int64: the channels of head after head."""
-        return self.key_index[_real_channels(self.key_index)]
+        return self.key_index[self.real_channels]
 
 
 @lru_cache(maxsize=4096)  # asked for in every training forward, always with the same arguments
@@ -126,23 +155,19 @@ def padded_index(
 
 def latents(weights: LatentWeights, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What is cached for ``hidden [B, L, d]``: ``[B, L, R]`` for keys, ``[B, L, r]`` for values."""
-    keys = F.linear(hidden, weights.key_down, _negated(weights.key_shift))
+    both = F.linear(hidden, weights.down, weights.down_bias)
+    keys = both[..., : len(weights.key_down)]
+    values = both[..., row_width(keys.shape[-1]) :][..., : len(weights.value_down)]
     if weights.key_eps is not None:
         keys = _normalised(weights, keys, weights.key_eps)
-    values = F.linear(hidden, weights.value_down, _negated(weights.value_shift))
     return (keys, values) if weights.coding is None else weights.coding(keys, values)
-
-
-def _negated(shift: torch.Tensor | None) -> torch.Tensor | None:
-    return None if shift is None else -shift
 
 
 def _normalised(weights: LatentWeights, keys: torch.Tensor, eps: float) -> torch.Tensor:
     """Latents over the root mean square of their key (docs/design.md section 2, QK-norm)."""
     heads, dim, rank = weights.key_up.shape
     x = keys[..., weights.key_index.reshape(-1)].unflatten(-1, (heads, rank)).float()
-    real = _real_channels(weights.key_index)
-    x = x * real
+    x = x * weights.real_channels
     energy = (
         x.square().sum(-1)
         if weights.key_gram is None
@@ -152,11 +177,11 @@ def _normalised(weights: LatentWeights, keys: torch.Tensor, eps: float) -> torch
     return (keys * scale[..., weights.channel_heads]).to(keys.dtype)
 
 
-def _real_channels(index: torch.Tensor) -> torch.Tensor:
-    """Bool ``[H_kv, r]``: False where ``key_index`` is padding (0 out of its own place)."""
-    real = index != 0
-    real[:, 0] = True  # heads of the first group all begin there
-    return real
+@lru_cache(maxsize=8)  # all layers of a forward ask for the same
+@torch.inference_mode(False)
+def _filled(slots: int, device: torch.device) -> torch.Tensor:
+    """Int32 ``[1]``: slots filled, for the ops that read it on the device."""
+    return torch.full((1,), slots, dtype=torch.int32, device=device)
 
 
 class CompressedAttention:
@@ -213,8 +238,7 @@ class CompressedAttention:
             layer.store(keys, values)
             out = self._decode_packed(weights, q, layer, mask)
         elif layer is not None and decodes and not isinstance(layer, PackedLayer):
-            layer.append(keys, values)
-            out = self._decode(weights, q, layer, mask)
+            out = self._decode(weights, q, keys, values, layer, mask)
         else:
             if isinstance(layer, PackedLayer):
                 keys, values, exact = layer.append_prompt(keys, values)
@@ -246,35 +270,41 @@ class CompressedAttention:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=shared
             )
+        out = out.transpose(1, 2)
         if weights.value_bias is not None:
             # The probabilities sum to 1, so the bias passes through attention unchanged.
-            out = out + weights.value_bias.repeat_interleave(spec.group, 0)[:, None, :]
-        return self.module.o_proj(out.transpose(1, 2).flatten(2))
+            out = out.unflatten(2, (-1, spec.group)) + weights.value_bias[:, None, :]
+        return self.module.o_proj(out.flatten(2))
 
     def _decode(
-        self, weights: LatentWeights, q: torch.Tensor, layer: LatentLayer, mask: torch.Tensor | None
+        self,
+        weights: LatentWeights,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer: LatentLayer,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention of the few tokens just appended, straight from the latents.
+        """Append a few tokens and attend with them, straight from the latents.
 
         Args:
             q: ``[B, H, n, D]`` before RoPE.
+            keys, values: latents of the new tokens.
             mask: as :meth:`__call__` has it; in a captured step its row lengths say it all.
         """
-        n_new, step = q.shape[2], layer.step
+        layer.admit(keys, values)
+        step, buffers = layer.step, layer.buffers()
         if step is None:
-            cos, sin = self.tables.slots(layer.length, q.device)
-            cos, sin = cos[-n_new:], sin[-n_new:]
-            filled = torch.full((1,), layer.length, dtype=torch.int32, device=q.device)
-            first = None
+            filled, first = _filled(layer.length, q.device), None
             if mask is not None:
                 mask = _checked(mask)[..., : layer.length]
         else:
-            cos, sin = self.tables.slots(layer.room, q.device)
-            cos, sin = cos.index_select(0, step.slot), sin.index_select(0, step.slot)
             filled, first, mask = step.filled, step.first, None
+        tables = self.tables.slots(layer.room, q.device)
+        q = rope_append(q, keys, values, *buffers, *tables, filled=filled, backend=self.backend)
         return latent_attention(
-            rotate(q, cos, sin),
-            *layer.buffers(),
+            q,
+            *buffers,
             weights.factors,
             self.tables,
             filled=filled,

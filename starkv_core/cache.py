@@ -107,26 +107,34 @@ class _GrowingLayer(CacheLayerMixin):
         bigger[:, : self.length] = buffer[:, : self.length]
         return bigger
 
+    def admit(self, key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
+        """Make room for ``[B, L, width]`` rows and count them as filled; the caller writes them.
+
+        While ``step`` is set there is room, and the count is the step's.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_rows, value_rows)
+        if self.step is None:
+            stop = self.length + key_rows.shape[1]
+            self.reserve(key_rows.shape[0], stop, (0, 0), key_rows.device)
+            self.length = stop
+
     def append(
         self, key_rows: torch.Tensor, value_rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store ``[B, L, width]`` rows in place; returns views of all filled slots."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_rows, value_rows)
-        stop = self.length + key_rows.shape[1]
-        if self.step is None:
-            self.reserve(key_rows.shape[0], stop, (0, 0), key_rows.device)
+        start = self.length
+        self.admit(key_rows, value_rows)
         keys, values = self.buffers()
         for buffer, rows in ((keys, key_rows), (values, value_rows)):
             buffer = buffer[..., : rows.shape[-1]]
             if self.step is None:
-                buffer[:, self.length : stop] = rows
+                buffer[:, start : self.length] = rows
             else:
                 buffer.index_copy_(1, self.step.slot, rows.to(self.dtype))
         if self.step is not None:
             return keys, values
-        self.length = stop
-        return keys[:, :stop], values[:, :stop]
+        return keys[:, : self.length], values[:, : self.length]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

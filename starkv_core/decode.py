@@ -11,16 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from starkv_core.cache import LatentCache, Step
+from starkv_core.graphs import CaptureError, capture, reason
 
 if TYPE_CHECKING:
     from starkv_core.engine import Sampler
     from starkv_core.run import Subject
 
-_WARM_UPS = 2  # steps run before the capture: kernels compile, libraries set themselves up
-
-
-class CaptureError(Exception):
-    """A step cannot be captured; the message says why."""
+__all__ = ["CaptureError", "CapturedStep"]
 
 
 class CapturedStep:
@@ -62,6 +59,8 @@ class CapturedStep:
         self._start = cache.get_seq_length()
         self._steps = 0
         device, room = tokens.device, min(layer.room for layer in cache.layers)
+        if self._start >= room:
+            raise CaptureError(f"the cache has room for {room} tokens and holds as many")
         self._room = room
         self.tokens = tokens.clone()
         self._slot = torch.tensor([self._start], device=device)
@@ -82,32 +81,17 @@ class CapturedStep:
         except Exception as error:
             cache.set_step(None)
             cache.fill(self._start)
-            raise CaptureError(str(error).splitlines()[0]) from error
+            raise CaptureError(reason(error)) from error
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        state = self._generator.get_state()
-        kept = [t.clone() for t in (self.tokens, self._slot, self._filled, self._mask)]
+        moving = self.tokens, self._slot, self._filled, self._mask
+        kept = [t.clone() for t in moving]
 
         def restore() -> None:
-            for tensor, value in zip(
-                (self.tokens, self._slot, self._filled, self._mask), kept, strict=True
-            ):
+            for tensor, value in zip(moving, kept, strict=True):
                 tensor.copy_(value)
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                self._run()
-                restore()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._generator.set_state(state)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self._generator)
-        with torch.cuda.graph(graph):
-            self._run()
-        restore()
-        return graph
+        return capture(self._run, self.tokens.device, reset=restore, generator=self._generator)
 
     def _run(self) -> None:
         output = self._model(

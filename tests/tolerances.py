@@ -35,3 +35,10 @@ MOVED_CODES = 5e-3
 """Relative error of logits between two orders of float32 sums through quantisers of 3 and 4 bits: a
 latent may fall on the other side of a rounding, one in 1e5, and then differs by a whole step (4e-4
 measured for one, 5e-7 for none). Where sums are exact, tests ask for FP32_LOGITS."""
+
+NEAR_TIE = 0.02
+"""Standard deviations of the logits by which a greedy token may lie below the best: those of two
+float16 kernels differ by 2^-11 of scores and outputs in each of eight layers."""
+
+FP16_LATENTS = 0.1
+"""A token's latents made by single steps against those of a whole prompt, float16, eight layers."""

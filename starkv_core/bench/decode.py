@@ -19,11 +19,12 @@ from starkv_core.bench.gate import LOGITS_LIMIT, fault, relative_error, token_fa
 from starkv_core.bench.outcome import Measured
 from starkv_core.bench.plan import Need
 from starkv_core.bench.shapes import Shape
-from starkv_core.bench.timing import WARMUP, measure_steps, peak_bytes, release, synchronize
+from starkv_core.bench.timing import measure_steps, peak_bytes, release
 from starkv_core.budget import predict_bytes, slots
 from starkv_core.cache import LatentCache
-from starkv_core.decode import CapturedStep, CaptureError
+from starkv_core.decode import CapturedStep
 from starkv_core.engine import Sampler
+from starkv_core.graphs import CaptureError, capture
 from starkv_core.rank_map import RankMap
 from starkv_core.run import Subject
 
@@ -252,24 +253,14 @@ class _Static:
         if device.type != "cuda":
             yield self._step, "CUDA graphs need a GPU"
             return
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(WARMUP):
-                self._step()
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        why_not = None
         try:
-            with torch.cuda.graph(graph):
-                self._step()
-        except RuntimeError as error:
-            why_not = str(error).splitlines()[0]
-        synchronize(device)
-        self._rewind()
+            graph = capture(self._step, device, reset=self._rewind)
+        except CaptureError as error:
+            yield self._step, str(error)
+            return
 
         def replay() -> Tensor:
             graph.replay()
             return self.tokens
 
-        yield (replay if why_not is None else self._step), why_not
+        yield replay, None

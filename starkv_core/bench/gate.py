@@ -8,9 +8,11 @@ import torch
 
 # Largest relative error of an attention output against float64, by dtype (issue: scores, outputs).
 OUTPUT_LIMIT = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-# Of the logits of a whole model against another kernel of the same dtype: both round in every
-# layer. Over 32 small random layers the dense kernels differ by 1e-3 and 9e-3.
-LOGITS_LIMIT = {torch.float16: 1.5e-2, torch.bfloat16: 4e-2}
+# Of the logits of a whole model against another kernel of the same dtype. Random layers magnify
+# rounding: over LLaMA-2-7B's 32, in fp16 at 4K to 16K, our kernels with the sequence split
+# otherwise, so in another order of sums, differ from themselves by 1.0e-2 to 1.3e-2 and from the
+# reference by 1.0e-2 to 2.0e-2. What attends wrongly is off by its own size.
+LOGITS_LIMIT = {torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -62,8 +62,8 @@ against float64, whole models against another path through the same weights and 
 Weights and caches are random numbers in the model's shape. **No real calibration stands behind the
 rank maps** but for `qwen2.5-0.5b`: they carry over the relative spread of ranks (over layers, over
 key heads, between keys and values) that was learned on Qwen2.5-Coder-0.5B, scaled to the rate
-(`starkv_core/bench/rank_maps.py`); since the runs of 2026-11-22 `llama-2-7b` splits keys and values
-as the authors' release does. `attention` measures the layer of median total rank;
+(`starkv_core/bench/rank_maps.py`); `llama-2-7b` splits keys and values as the
+authors' release does. `attention` measures the layer whose rank is nearest to the mean;
 its keys have a bias. What the figures mean: [reading.md](reading.md).
 """
 

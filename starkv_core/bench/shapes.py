@@ -50,16 +50,17 @@ class Shape:
 
     @property
     def layer(self) -> int:
-        """The compressed layer of median total rank, which the suite ``attention`` measures."""
-        found = [(x.total, i) for i, x in enumerate(self.ranks.layers) if x is not None]
-        return sorted(found)[(len(found) - 1) // 2][1]
+        """The compressed layer whose rank is nearest to the mean: what ``attention`` measures."""
+        held = {i: x.total for i, x in enumerate(self.ranks.layers) if x is not None}
+        mean = sum(held.values()) / len(held)
+        return min(held, key=lambda i: abs(held[i] - mean))
 
     @property
     def layer_ranks(self) -> LayerRanks:
         """Ranks of that layer."""
         ranks = self.ranks.layers[self.layer]
         if ranks is None:
-            raise RuntimeError("the median is taken over compressed layers")
+            raise RuntimeError("the nearest to the mean is a compressed layer")
         return ranks
 
     @property

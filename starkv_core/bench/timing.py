@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-WARMUP = 3
+from starkv_core.graphs import CaptureError, capture
+
 LEAST_RUNS, MOST_RUNS = 10, 100
 SECONDS = 0.5  # measured time of one backend in one case
 _CPU_RUNS = 3  # enough to see that it works
@@ -42,19 +43,9 @@ def measure(step: Callable[[], object], device: torch.device, *, cold: bool = Tr
     """
     if device.type != "cuda":
         return _timed(step, device, graph=False, cold=False)
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(WARMUP):
-            step()
-    torch.cuda.current_stream(device).wait_stream(side)
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            step()
-    except RuntimeError:  # something in it waits for the GPU
-        torch.cuda.synchronize(device)
+        graph = capture(step, device)
+    except CaptureError:  # something in it waits for the GPU
         return _timed(step, device, graph=False, cold=cold)
     return _timed(graph.replay, device, graph=True, cold=cold)
 
@@ -132,12 +123,6 @@ def bandwidth(device: torch.device) -> float:
     b = torch.empty_like(a)
     taken = measure(lambda: torch.mul(a, 2, out=b), device, cold=False)
     return 2 * a.numel() * 4 / (taken.p50 * 1e-3)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def release(device: torch.device) -> None:

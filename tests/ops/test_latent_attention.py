@@ -7,6 +7,7 @@ import math
 import random
 from dataclasses import replace
 from decimal import Decimal, localcontext
+from itertools import accumulate
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_splits_of_the_sequence(queries: int, at_once: int, filled: int) -> None
         call.first,
         None,
         case.dim**-0.5,
-        Tuning(slots=at_once),
+        Tuning(processors=at_once),
     )
     assert relative_error(got, call.exact()) < FP16_OP
 
@@ -225,25 +226,33 @@ def test_channels_of_a_row(layout: KeyLayout) -> None:
     assert used == set(range(layout.channels))
 
 
-def test_pieces_hold_every_channel_once() -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_pieces_hold_every_channel_and_key_bias_once(bias: bool) -> None:
     for layout in _layouts():
-        pieces = layout.pieces()
+        pieces = layout.pieces(bias)
         if pieces is None:
             assert len(set(layout.starts)) < len(layout.starts)
             continue
+        ends = list(accumulate(layout.ranks))
         owner = [h for h, rank in enumerate(layout.ranks) for _ in range(rank)]
         channel = segments = 0
+        biased: list[int] = []
         for piece in pieces:
-            assert piece.first == channel < piece.end <= piece.load + PIECE
+            assert piece.first == channel < piece.end
             assert piece.load % ALIGN == 0 and piece.first < piece.load + ALIGN
             assert piece.head == owner[piece.first] and piece.segment == segments
-            heads = owner[piece.end - 1] - piece.head + 1
-            assert heads <= PIECE_HEADS
-            # Full, by channels or by heads, but for the last.
-            full = piece.end == piece.load + PIECE or heads == PIECE_HEADS
+            assert piece.heads == owner[piece.end - 1] - piece.head + 1 <= PIECE_HEADS
+            ended = [h for h, end in enumerate(ends) if piece.first < end <= piece.end]
+            assert piece.biases == (len(ended) if bias else 0)
+            assert ended[:1] in ([], [piece.head])
+            lanes = piece.end - piece.load + piece.biases
+            # Full, by lanes (a channel and its head's bias may not fit) or heads, but for the last.
+            assert lanes <= PIECE
+            full = lanes >= PIECE - bias or piece.heads == PIECE_HEADS
             assert full or piece.end == layout.channels
-            channel, segments = piece.end, segments + heads
-        assert channel == layout.channels
+            biased += ended
+            channel, segments = piece.end, segments + piece.heads
+        assert channel == layout.channels and biased == list(range(len(ends)))
 
 
 def test_buckets_load_every_head_and_no_more_than_needed() -> None:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from triton_ops.latent_attention.layout import KeyLayout, row_width
+from triton_ops.latent_attention.layout import PIECE, PIECE_HEADS, KeyLayout, row_width
 
 
 @dataclass(frozen=True)
@@ -16,18 +16,19 @@ class Band:
     """What scores without rebuilt keys need (docs/kernels.md).
 
     Attributes:
-        pieces: int32 ``[pieces, 5]`` of :meth:`KeyLayout.pieces`.
-        owner: int32 ``[R]``, the head of each channel.
+        pieces: int32 ``[pieces, 4]``: channel to load from, first head, heads, first segment.
+        lanes: int32 ``[pieces, N]``: the head of a channel, counted from the piece's first; of a
+            key bias PIECE_HEADS more; -1 for lanes of neither.
+        rows: ``[pieces, N, D]``, the column of U or the key bias of each lane.
         segments: int32 ``[H, 2]``: first segment of each head, and how many it has.
-        rows: ``[R, D]``, the columns of every head's U as rows.
         total: segments of all heads.
         most: segments of the head that has most.
     """
 
     pieces: torch.Tensor
-    owner: torch.Tensor
-    segments: torch.Tensor
+    lanes: torch.Tensor
     rows: torch.Tensor
+    segments: torch.Tensor
     total: int
     most: int
 
@@ -86,26 +87,37 @@ class LatentFactors:
     @torch.inference_mode(False)
     def band(self) -> Band | None:
         """For scores without rebuilt keys; None when heads share channels."""
-        pieces = self.layout.pieces()
+        pieces = self.layout.pieces(self.key_bias is not None)
         if pieces is None:
             return None
-        ranks, device = self.layout.ranks, self.key_up.device
+        ranks, starts, up = self.layout.ranks, self.layout.starts, self.key_up
         owner = [h for h, r in enumerate(ranks) for _ in range(r)]
+        lanes = torch.full((len(pieces), PIECE), -1, dtype=torch.int32)
+        rows = up.new_zeros(len(pieces), PIECE, up.shape[1])
         firsts: dict[int, int] = {}
         counts = [0] * len(ranks)
-        for piece in pieces:
-            for head in range(piece.head, owner[piece.end - 1] + 1):
+        for i, piece in enumerate(pieces):
+            for head in range(piece.head, piece.head + piece.heads):
                 firsts.setdefault(head, piece.segment + head - piece.head)
                 counts[head] += 1
+            for channel in range(piece.first, piece.end):
+                head = owner[channel]
+                lanes[i, channel - piece.load] = head - piece.head
+                rows[i, channel - piece.load] = up[head, :, channel - starts[head]]
+            if self.key_bias is not None:
+                after = piece.end - piece.load
+                biased = slice(after, after + piece.biases)
+                lanes[i, biased] = torch.arange(piece.biases, dtype=torch.int32) + PIECE_HEADS
+                rows[i, biased] = self.key_bias[piece.head : piece.head + piece.biases]
 
-        def table(rows: object) -> torch.Tensor:
-            return torch.tensor(rows, dtype=torch.int32, device=device)
+        def table(made: object) -> torch.Tensor:
+            return torch.tensor(made, dtype=torch.int32, device=up.device)
 
         return Band(
-            pieces=table(pieces),
-            owner=table(owner),
+            pieces=table([[p.load, p.head, p.heads, p.segment] for p in pieces]),
+            lanes=lanes.to(up.device),
+            rows=rows,
             segments=table([[firsts[h], counts[h]] for h in range(len(ranks))]),
-            rows=torch.cat([self.key_up[h, :, :r].T for h, r in enumerate(ranks)]).contiguous(),
             total=sum(counts),
             most=max(counts),
         )

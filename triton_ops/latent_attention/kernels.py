@@ -23,9 +23,9 @@ def _largest(x):
 def band_scores(
     q_ptr,  # [B, H, D], turned for its own slot
     x_ptr,  # [B, S, x_row], latents of all key heads; padding within a row is finite
-    up_ptr,  # [R, D], row c the column of U of channel c
-    owner_ptr,  # [R], head of each channel
-    piece_ptr,  # [pieces, 5]: channel to load from, first, end, first head, first segment
+    up_ptr,  # [pieces, N, D], the column of U, or the key bias, of each lane
+    lane_ptr,  # [pieces, N], see Band.lanes
+    piece_ptr,  # [pieces, 4]: channel to load from, first head, heads, first segment
     cos_ptr,  # [T / 2, HALF_P] of j + 1/2, fp16
     sin_ptr,
     cos_mid_ptr,  # [tiles, HALF_P] of the tiles' centres, times RoPE's factor, fp16
@@ -44,34 +44,32 @@ def band_scores(
     T: tl.constexpr,
     N: tl.constexpr,
     COLS: tl.constexpr,
+    BIAS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Scores of one query token, one query head per key head, without rebuilt keys or key bias.
+    """Scores of one query token, one query head per key head, without rebuilt keys.
 
     With slot ``t = c + j``, ``z_t = sum_i cos(j th_i) A'_i + sin(j th_i) B'_i`` where A', B' are
     A, B of docs/design.md section 6 turned by the tile's centre c. Slots ``c + j`` and ``c - j``
     share the even and the odd sum, which halves the work. A program has one piece of at most N
-    channels and COLS heads; a head cut in two leaves a segment in each of its pieces.
+    lanes and COLS heads; a head cut in two leaves a segment in each of its pieces. A key bias is
+    a lane whose latent is 1.
     """
     x_row = x_row_8 * 8
-    piece = piece_ptr + tl.program_id(0) * 5
+    piece = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
-    start = tl.multiple_of(tl.load(piece), 8)
-    begin = tl.load(piece + 1)
-    end = tl.load(piece + 2)
-    head = tl.load(piece + 3)
-    segment = tl.load(piece + 4)
+    start = tl.multiple_of(tl.load(piece_ptr + piece * 4), 8)
+    head = tl.load(piece_ptr + piece * 4 + 1)
+    count = tl.load(piece_ptr + piece * 4 + 2)
+    segment = tl.load(piece_ptr + piece * 4 + 3)
     filled = tl.load(filled_ptr)
     lane = tl.arange(0, N)
-    channel = start + lane
-    mine = (channel >= begin) & (channel < end)
-    owner = tl.load(owner_ptr + channel, mask=mine, other=0)
-    count = tl.load(owner_ptr + end - 1) - head + 1
+    role = tl.load(lane_ptr + piece * N + lane)
     freq = tl.arange(0, HALF_P)
-    both = (freq < HALF)[:, None] & mine[None, :]
-    u_at = up_ptr + channel[None, :] * (2 * HALF) + freq[:, None]
-    q_at = q_ptr + row * heads * (2 * HALF) + owner[None, :] * (2 * HALF) + freq[:, None]
+    both = (freq < HALF)[:, None] & (role >= 0)[None, :]
+    u_at = up_ptr + (piece * N + lane)[None, :] * (2 * HALF) + freq[:, None]
+    q_at = q_ptr + (row * heads + head + role % COLS)[None, :] * (2 * HALF) + freq[:, None]
     u0 = tl.load(u_at, mask=both, other=0.0).to(tl.float32)
     u1 = tl.load(u_at + HALF, mask=both, other=0.0).to(tl.float32)
     q0 = tl.load(q_at, mask=both, other=0.0).to(tl.float32)
@@ -85,11 +83,14 @@ def band_scores(
 
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     col = tl.arange(0, COLS)
-    pick = ((owner[:, None] - head == col[None, :]) & mine[:, None]).to(dtype)
+    pick = (role[:, None] == col[None, :]).to(dtype)
+    pick_bias = (role[:, None] == col[None, :] + COLS).to(tl.float16)
     j = tl.arange(0, T // 2)
     cos = tl.load(cos_ptr + j[:, None] * HALF_P + freq[None, :])
     sin = tl.load(sin_ptr + j[:, None] * HALF_P + freq[None, :])
-    stored = (channel < x_row)[None, :]  # groups of 8, so that loads stay 16 bytes wide
+    # In fp16 where tables are wide: half the registers, so that three programs run at once.
+    sums: tl.constexpr = tl.float16 if HALF_P > 32 else tl.float32
+    stored = (start + lane < x_row)[None, :]  # groups of 8, so that loads stay 16 bytes wide
     x_base = x_ptr + row * x_batch + start
     x_after_lane = (T // 2 + j)[:, None] * x_row + lane[None, :]
     x_before_lane = (T // 2 - 1 - j)[:, None] * x_row + lane[None, :]
@@ -106,10 +107,15 @@ def band_scores(
         x_before = tl.load(x_at + x_before_lane, mask=stored, other=0.0)
         cos_mid = tl.load(cos_mid_ptr + tile * HALF_P + freq)[:, None]
         sin_mid = tl.load(sin_mid_ptr + tile * HALF_P + freq)[:, None]
-        even = tl.dot(cos, a * cos_mid + b * sin_mid)
-        odd = tl.dot(sin, b * cos_mid - a * sin_mid)
-        s_after = tl.dot(x_after * (even + odd).to(dtype), pick)
-        s_before = tl.dot(x_before * (even - odd).to(dtype), pick)
+        even = tl.dot(cos, a * cos_mid + b * sin_mid, out_dtype=sums)
+        odd = tl.dot(sin, b * cos_mid - a * sin_mid, out_dtype=sums)
+        after = even + odd
+        before = even - odd
+        s_after = tl.dot(x_after * after.to(dtype), pick)
+        s_before = tl.dot(x_before * before.to(dtype), pick)
+        if BIAS:
+            s_after = tl.dot(after.to(tl.float16), pick_bias, s_after)
+            s_before = tl.dot(before.to(tl.float16), pick_bias, s_before)
         s_at = s_base + tile * T
         tl.store(s_at + s_after_lane, s_after * (scale * unit), mask=live)
         tl.store(s_at + s_before_lane, s_before * (scale * unit), mask=live)
@@ -117,38 +123,27 @@ def band_scores(
 
 @triton.jit
 def tile_softmax(
-    q_ptr,  # [B, all columns, D], turned for its own slot
-    bias_ptr,  # [H_kv, D] if BIAS
     segment_ptr,  # [all columns, 2] if MOST > 1: first segment, segments
     scores_ptr,  # [B, segments, p_room], float32; without a table a segment a column
-    cos_ptr,  # [T, HALF_P] of j, fp16
-    sin_ptr,
-    cos_at_ptr,  # [tiles, HALF_P] of the tiles' first slots, times RoPE's factor, float32
-    sin_at_ptr,
     filled_ptr,  # [1] slots filled
     first_ptr,  # [B] first slot of each row
     mask_ptr,  # [B, Q, slots] if MASK
     p_ptr,  # [B, all columns, p_room]
     top_ptr,  # [B, all columns, tiles]
     mass_ptr,
-    scale,  # of scores, times log2(e)
     mask_batch,
     mask_query,
     p_room,
     n_tiles,
     segments,
     all_columns,
-    columns,  # of one key head: G * Q
     n_query,
-    HALF: tl.constexpr,
-    HALF_P: tl.constexpr,
     T: tl.constexpr,
     COLS: tl.constexpr,
     MOST: tl.constexpr,  # segments of a column
-    BIAS: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """Adds up a tile's segments and the key bias's scores, masks; leaves p, top and mass."""
+    """Adds up a tile's segments and masks; leaves p, top and mass."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     tile = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
@@ -163,35 +158,17 @@ def tile_softmax(
         if MASK:
             m_at = mask_ptr + row * mask_batch + (cols % n_query)[:, None] * mask_query
             seen &= tl.load(m_at + slots[None, :], mask=seen, other=0) != 0
+        # Unmasked along the slots, which would make the loads narrow: what is unseen is dropped.
         if MOST == 1:
             at = scores_ptr + (row * segments + cols)[:, None] * p_room + slots[None, :]
-            scores = tl.load(at, mask=seen, other=0.0)
+            scores = tl.load(at, mask=live[:, None], other=0.0)
         else:
             own = tl.load(segment_ptr + cols * 2, mask=live, other=0)
             many = tl.load(segment_ptr + cols * 2 + 1, mask=live, other=0)
             scores = tl.zeros([COLS, T], tl.float32)
             for piece in tl.static_range(MOST):
                 at = scores_ptr + (row * segments + own + piece)[:, None] * p_room + slots[None, :]
-                scores += tl.load(at, mask=(piece < many)[:, None] & seen, other=0.0)
-        if BIAS:
-            freq = tl.arange(0, HALF_P)
-            held = live[:, None] & (freq < HALF)[None, :]
-            b_at = bias_ptr + (cols // columns)[:, None] * (2 * HALF) + freq[None, :]
-            q_at = q_ptr + (row * all_columns + cols)[:, None] * (2 * HALF) + freq[None, :]
-            b0 = tl.load(b_at, mask=held, other=0.0).to(tl.float32)
-            b1 = tl.load(b_at + HALF, mask=held, other=0.0).to(tl.float32)
-            q0 = tl.load(q_at, mask=held, other=0.0).to(tl.float32)
-            q1 = tl.load(q_at + HALF, mask=held, other=0.0).to(tl.float32)
-            a = q0 * b0 + q1 * b1
-            b = q1 * b0 - q0 * b1
-            unit = tl.maximum(tl.maximum(_largest(a), _largest(b)), 1e-20)
-            cos_at = tl.load(cos_at_ptr + tile * HALF_P + freq)[None, :] / unit
-            sin_at = tl.load(sin_at_ptr + tile * HALF_P + freq)[None, :] / unit
-            table = tl.arange(0, T)[None, :] * HALF_P + freq[:, None]
-            shift = tl.dot((a * cos_at + b * sin_at).to(tl.float16), tl.load(cos_ptr + table))
-            turned = (b * cos_at - a * sin_at).to(tl.float16)
-            shift = tl.dot(turned, tl.load(sin_ptr + table), shift)
-            scores += shift * (unit * scale)
+                scores += tl.load(at, mask=(piece < many)[:, None], other=0.0)
         scores = tl.where(seen, scores, float("-inf"))
         top = tl.max(scores, 1)
         p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
@@ -207,6 +184,7 @@ def rebuilt_scores(
     q_ptr,  # [B, H_kv * columns, D], turned for its own slot
     x_ptr,  # [B, S, x_row]; padding within a row is finite
     up_ptr,  # [entries, K + MORE, D], row c the column of U of the entry's channel c, else 0
+    bias_ptr,  # [H_kv, D] if BIAS
     entry_ptr,  # [entries, 2]: head, first channel to load (a multiple of 8)
     cos_ptr,  # [T, HALF_P] of j, fp16
     sin_ptr,
@@ -226,10 +204,11 @@ def rebuilt_scores(
     T: tl.constexpr,
     K: tl.constexpr,
     MORE: tl.constexpr,
+    BIAS: tl.constexpr,
     COLS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Scores of all queries of one key head, without key bias; keys are rebuilt in registers.
+    """Scores of all queries of one key head; keys are rebuilt in registers.
 
     Keys turn by their offset within the tile, the queries back by the tile's first slot. A head's
     channels are K and MORE side by side, so that ranks need not fill a power of two.
@@ -261,19 +240,23 @@ def rebuilt_scores(
     sin = tl.load(sin_ptr + j[:, None] * HALF_P + freq[None, :])
     channel = start + tl.arange(0, K)
     stored = (channel < x_row)[None, :]  # groups of 8, so that loads stay 16 bytes wide
-    u_base = up_ptr + entry * (K + MORE) * (2 * HALF) + freq[None, :]
-    u_at = u_base + tl.arange(0, K)[:, None] * (2 * HALF)
-    u0 = tl.load(u_at, mask=real[None, :], other=0.0)
-    u1 = tl.load(u_at + HALF, mask=real[None, :], other=0.0)
+    both = tl.arange(0, 2 * HALF_P)
+    place = both // HALF_P * HALF + both % HALF_P
+    u_base = up_ptr + entry * (K + MORE) * (2 * HALF) + place[None, :]
+    solid = (both % HALF_P < HALF)[None, :]
+    u = tl.load(u_base + tl.arange(0, K)[:, None] * (2 * HALF), mask=solid, other=0.0)
     x_base = x_ptr + row * x_batch + start
     x_lane = j[:, None] * x_row + tl.arange(0, K)[None, :]
     if MORE:
         more = tl.arange(0, MORE)
         more_stored = (start + K + more < x_row)[None, :]
-        u_at = u_base + (K + more)[:, None] * (2 * HALF)
-        u0_more = tl.load(u_at, mask=real[None, :], other=0.0)
-        u1_more = tl.load(u_at + HALF, mask=real[None, :], other=0.0)
+        u_more = tl.load(u_base + (K + more)[:, None] * (2 * HALF), mask=solid, other=0.0)
         more_lane = j[:, None] * x_row + (K + more)[None, :]
+    # bf16 products have no sums in fp16, which take half the registers.
+    sums: tl.constexpr = tl.float16 if x_ptr.dtype.element_ty == tl.float16 else tl.float32
+    b_at = bias_ptr + head * (2 * HALF) + freq
+    b0 = tl.load(b_at, mask=real & BIAS, other=0.0).to(sums)[None, :]
+    b1 = tl.load(b_at + HALF, mask=real & BIAS, other=0.0).to(sums)[None, :]
     s_base = scores_ptr + (row * all_columns + head * columns + block * COLS) * p_room
     s_lane = tl.arange(0, COLS)[None, :] * p_room + j[:, None]
     low = (split * per_program).to(tl.int64)
@@ -282,19 +265,18 @@ def rebuilt_scores(
         tile = low + step
         x_at = x_base + tile * T * x_row
         x = tl.load(x_at + x_lane, mask=stored, other=0.0)
-        k0 = tl.dot(x, u0)
-        k1 = tl.dot(x, u1)
-        if MORE:
-            x_more = tl.load(x_at + more_lane, mask=more_stored, other=0.0)
-            k0 = tl.dot(x_more, u0_more, k0)
-            k1 = tl.dot(x_more, u1_more, k1)
-        # The sum changes nothing but the code made: conversions then go two at a time.
-        k0 = (k0 + 0.0).to(tl.float16)
-        k1 = (k1 + 0.0).to(tl.float16)
         cos_at = tl.load(cos_at_ptr + tile * HALF_P + freq)[:, None]
         sin_at = tl.load(sin_at_ptr + tile * HALF_P + freq)[:, None]
         q0_here = (q0 * cos_at + q1 * sin_at).to(tl.float16)
         q1_here = (q1 * cos_at - q0 * sin_at).to(tl.float16)
+        k = tl.dot(x, u, out_dtype=sums)
+        if MORE:
+            x_more = tl.load(x_at + more_lane, mask=more_stored, other=0.0)
+            k = tl.dot(x_more, u_more, k, out_dtype=sums)
+        # One product for both halves reads x from shared memory once; the split moves nothing.
+        k0, k1 = tl.split(tl.permute(tl.reshape(k, [T, 2, HALF_P]), 0, 2, 1))
+        k0 = (k0 + b0).to(tl.float16)
+        k1 = (k1 + b1).to(tl.float16)
         scores = tl.dot(k0 * cos - k1 * sin, q0_here)
         scores = tl.dot(k1 * cos + k0 * sin, q1_here, scores)
         tl.store(s_base + tile * T + s_lane, scores * (scale * unit), mask=live[None, :])

@@ -9,7 +9,7 @@ import torch
 
 from triton_ops.latent_attention import kernels
 from triton_ops.latent_attention.factors import LatentFactors
-from triton_ops.latent_attention.layout import ALIGN, PIECE, PIECE_HEADS, power
+from triton_ops.latent_attention.layout import ALIGN, NARROW, PIECE, PIECE_HEADS, power
 from triton_ops.latent_attention.rope import RopeTables
 
 LOG2_E = 1.4426950408889634
@@ -23,13 +23,17 @@ class Tuning:
 
     Attributes:
         band, softmax, rebuilt, mix, expand: keyword arguments of a launch, Triton's own included.
-        slots: programs that run at once, which sets how often the sequence is split.
+        band_programs, rebuilt_programs, mix_programs: that one multiprocessor runs at once; how
+            often the sequence is split follows from it.
+        processors: multiprocessors; None asks the device.
     """
 
-    band: Mapping[str, int] = field(default_factory=lambda: {"T": 128, "STAGES": 3, "num_warps": 4})
+    band: Mapping[str, int] = field(
+        default_factory=lambda: {"T": 128, "STAGES": 3, "num_warps": 4, "maxnreg": 168}
+    )
     softmax: Mapping[str, int] = field(default_factory=lambda: {"T": 256, "num_warps": 4})
     rebuilt: Mapping[str, int] = field(
-        default_factory=lambda: {"T": 64, "STAGES": 3, "num_warps": 4}
+        default_factory=lambda: {"T": 64, "STAGES": 3, "num_warps": 4, "maxnreg": 128}
     )
     mix: Mapping[str, int] = field(
         default_factory=lambda: {"T": 128, "N": 128, "TRANSPOSED": 1, "STAGES": 3, "num_warps": 4}
@@ -37,7 +41,10 @@ class Tuning:
     expand: Mapping[str, int] = field(
         default_factory=lambda: {"N": 32, "K": 256, "STAGES": 3, "num_warps": 4}
     )
-    slots: int = 264
+    band_programs: int = 3
+    rebuilt_programs: int = 4
+    mix_programs: int = 1
+    processors: int | None = None
 
 
 def latent_attention_triton(
@@ -75,17 +82,20 @@ def latent_attention_triton(
     half_p = power(half)
     x_row = x.stride(1) // ALIGN
     scale = scale * LOG2_E
+    processors = tuning.processors or _processors(device)
+    bias = factors.key_bias
     band = factors.band if columns == 1 else None
     segments = all_columns if band is None else band.total
     scores = torch.empty(batch, segments, room, dtype=torch.float32, device=device)
     if band is not None:
         tile = tuning.band["T"]
-        splits, per = _splits(room // tile, len(band.pieces) * batch, tuning.slots)
+        at_once = processors * tuning.band_programs
+        splits, per = _splits(room // tile, len(band.pieces) * batch, at_once)
         kernels.band_scores[(len(band.pieces), splits, batch)](
             q,
             x,
             band.rows,
-            band.owner,
+            band.lanes,
             band.pieces,
             *rope.band(tile, room // tile, device),
             filled,
@@ -101,18 +111,21 @@ def latent_attention_triton(
             HALF_P=half_p,
             N=PIECE,
             COLS=PIECE_HEADS,
-            **tuning.band,
+            BIAS=bias is not None,
+            **_options(tuning.band, half_p <= 64),
         )
     else:
         tile = tuning.rebuilt["T"]
-        width = min(64, power(columns))
+        width = min(64, power(columns, NARROW))
         blocks = -(-columns // width)
+        at_once = processors * tuning.rebuilt_programs
         for (k, more), (entries, rows) in factors.buckets.items():
-            splits, per = _splits(room // tile, len(entries) * blocks * batch, tuning.slots)
+            splits, per = _splits(room // tile, len(entries) * blocks * batch, at_once)
             kernels.rebuilt_scores[(len(entries), splits * blocks, batch)](
                 q,
                 x,
                 rows,
+                q if bias is None else bias,
                 entries,
                 *rope.rebuilt(tile, room // tile, device),
                 filled,
@@ -128,41 +141,33 @@ def latent_attention_triton(
                 HALF_P=half_p,
                 K=k,
                 MORE=more,
+                BIAS=bias is not None,
                 COLS=width,
-                **tuning.rebuilt,
+                **_options(tuning.rebuilt, half_p <= 64 and width == NARROW),
             )
     tile = tuning.softmax["T"]
     n_tiles = room // tile
     p = torch.empty(batch, all_columns, room, dtype=torch.float16, device=device)
     top = torch.empty(batch, all_columns, n_tiles, dtype=torch.float32, device=device)
     mass = torch.empty_like(top)
-    bias = factors.key_bias
     kernels.tile_softmax[(-(-all_columns // SOFTMAX_COLUMNS), n_tiles, batch)](
-        q,
-        q if bias is None else bias,
         filled if band is None else band.segments,
         scores,
-        *rope.rebuilt(tile, n_tiles, device),
         filled,
         first,
         filled if mask is None else mask,
         p,
         top,
         mass,
-        scale,
         0 if mask is None else mask.stride(0),
         0 if mask is None else mask.stride(1),
         room,
         n_tiles,
         segments,
         all_columns,
-        columns,
         n_query,
-        HALF=half,
-        HALF_P=half_p,
         COLS=SOFTMAX_COLUMNS,
         MOST=1 if band is None else band.most,
-        BIAS=bias is not None,
         MASK=mask is not None,
         **tuning.softmax,
     )
@@ -175,7 +180,7 @@ def latent_attention_triton(
     width = min(64, power(all_columns))
     parts = -(-value_room // mix["N"]) * -(-all_columns // width)
     n_value_tiles = -(-room // mix["T"])
-    splits, per = _splits(n_value_tiles, parts * batch, tuning.slots)
+    splits, per = _splits(n_value_tiles, parts * batch, processors * tuning.mix_programs)
     mixed = torch.empty(batch, splits, all_columns, value_room, dtype=torch.float32, device=device)
     kernels.mix_values[(parts, splits, batch)](
         p,
@@ -218,17 +223,28 @@ def latent_attention_triton(
     return out.view(batch, heads, n_query, dim)
 
 
-def _splits(tiles: int, others: int, slots: int) -> tuple[int, int]:
+def _options(options: Mapping[str, int], limited: bool) -> Mapping[str, int]:
+    """Of a launch; a limit on registers is for the tiles it was measured with, wider ones spill."""
+    return options if limited else {k: v for k, v in options.items() if k != "maxnreg"}
+
+
+def _processors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132  # interpreted: as on an H200, so that the sequence is split as there
+
+
+def _splits(tiles: int, others: int, at_once: int) -> tuple[int, int]:
     """Splits of a sequence of ``tiles`` that end soonest, and tiles of each.
 
     Args:
         others: programs for each split.
-        slots: programs that run at once.
+        at_once: programs that run at once.
     """
 
     def length(splits: int) -> int:
         per = -(-tiles // splits)
-        waves = -(-others * -(-tiles // per) // slots)
+        waves = -(-others * -(-tiles // per) // at_once)
         return waves * (per + 1)  # starting a program takes about as long as a tile
 
     wanted = min(range(1, min(tiles, _MOST_SPLITS) + 1), key=length)

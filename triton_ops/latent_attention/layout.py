@@ -7,8 +7,9 @@ from itertools import accumulate
 from typing import NamedTuple
 
 ALIGN = 8  # 16-bit numbers in the 16 bytes that one load moves: rows are padded to it
-PIECE = 64  # channels of a piece of a row
-PIECE_HEADS = 16  # heads of a piece: columns of the narrowest product
+PIECE = 64  # lanes of a piece: channels, and one for the key bias of each head that ends in it
+NARROW = 8  # columns of the narrowest product, which needs no shared memory
+PIECE_HEADS = NARROW  # heads of a piece
 
 
 def row_width(channels: int) -> int:
@@ -31,16 +32,19 @@ def two_powers(n: int) -> tuple[int, int]:
 
 
 class Piece(NamedTuple):
-    """Channels ``first`` to ``end - 1`` of a row, loaded from ``load`` on; heads from ``head`` on.
+    """Channels ``first`` to ``end - 1`` of a row, loaded from ``load`` on.
 
-    Each head in it has one segment of scores, from ``segment`` on.
+    Each of the ``heads`` from ``head`` on has a segment of scores, from ``segment`` on. The lanes
+    after the channels take the key biases of the first ``biases`` of them.
     """
 
     load: int
     first: int
     end: int
     head: int
+    heads: int
     segment: int
+    biases: int
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,12 @@ class KeyLayout:
         """R: channels of a row, padding left out."""
         return max(s + r for s, r in zip(self.starts, self.ranks, strict=True))
 
-    def pieces(self) -> list[Piece] | None:
-        """The row cut for scores without rebuilt keys; None when heads share channels."""
+    def pieces(self, bias: bool) -> list[Piece] | None:
+        """The row cut for scores without rebuilt keys; None when heads share channels.
+
+        Args:
+            bias: each head takes a lane more, in the piece that has its last channel.
+        """
         if self != KeyLayout.side_by_side(self.ranks):
             return None
         ends = list(accumulate(self.ranks))
@@ -74,12 +82,17 @@ class KeyLayout:
         channel, head, segment = 0, 0, 0
         while channel < self.channels:
             load = channel // ALIGN * ALIGN
-            last = min(head + PIECE_HEADS, len(ends)) - 1
-            end = min(load + PIECE, ends[last])
-            found.append(Piece(load, channel, end, head, segment))
-            reached = next(i for i, e in enumerate(ends) if e >= end)
-            segment += reached - head + 1
-            channel, head = end, reached + (ends[reached] == end)
+            end, stop = channel, head  # heads before `stop` have their last channel before `end`
+            while stop < len(ends) and stop < head + PIECE_HEADS:
+                lanes = load + PIECE - bias * (stop - head)
+                if ends[stop] + bias > lanes:
+                    end = max(end, min(ends[stop] - 1, lanes) if bias else lanes)
+                    break
+                end, stop = ends[stop], stop + 1
+            heads = stop - head + (end > (ends[stop - 1] if stop else 0))
+            found.append(Piece(load, channel, end, head, heads, segment, (stop - head) * bias))
+            segment += heads
+            channel, head = end, stop
         return found
 
     def buckets(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
