@@ -42,3 +42,7 @@ float16 kernels differ by 2^-11 of scores and outputs in each of eight layers.""
 
 FP16_LATENTS = 0.1
 """A token's latents made by single steps against those of a whole prompt, float16, eight layers."""
+
+CODED_OP = 2e-3
+"""Relative error of attention over codes against float64 on the same codes: codes are exact in
+float16, all else is rounded as FP16_OP has it."""

@@ -93,9 +93,9 @@ def test_splits_of_the_sequence(queries: int, at_once: int, filled: int) -> None
 @pytest.mark.parametrize("tiles", [1, 7, 32, 256, 1024])
 @pytest.mark.parametrize("others", [1, 10, 160, 272, 3000])
 def test_splits_cover_the_sequence_and_fill_waves(tiles: int, others: int) -> None:
-    from triton_ops.latent_attention.launch import _splits
+    from triton_ops.latent_attention.launch import splits_of
 
-    splits, per = _splits(tiles, others, 264)
+    splits, per = splits_of(tiles, others, 264)
     assert (splits - 1) * per < tiles <= splits * per
     waves = -(-others * splits // 264)
     for other in range(1, min(tiles, 64) + 1):  # none ends sooner

@@ -123,13 +123,14 @@ def band_scores(
 
 @triton.jit
 def tile_softmax(
-    segment_ptr,  # [all columns, 2] if MOST > 1: first segment, segments
-    scores_ptr,  # [B, segments, p_room], float32; without a table a segment a column
+    segment_ptr,  # [H_kv, 2] if MOST > 1: first segment, segments
+    scores_ptr,  # [B, segments, columns, p_room], float32; without a table a segment a key head
     filled_ptr,  # [1] slots filled
+    end_ptr,  # [1] slots from here on are left out, at most those filled
     first_ptr,  # [B] first slot of each row
     mask_ptr,  # [B, Q, slots] if MASK
     p_ptr,  # [B, all columns, p_room]
-    top_ptr,  # [B, all columns, tiles]
+    top_ptr,  # [B, all columns, tiles], as mass: from the tile of slot 0 on
     mass_ptr,
     mask_batch,
     mask_query,
@@ -137,7 +138,9 @@ def tile_softmax(
     n_tiles,
     segments,
     all_columns,
+    columns,  # of a key head, that stand in each of its segments
     n_query,
+    begin,  # slots before are left out
     T: tl.constexpr,
     COLS: tl.constexpr,
     MOST: tl.constexpr,  # segments of a column
@@ -148,26 +151,30 @@ def tile_softmax(
     tile = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     filled = tl.load(filled_ptr)
-    if tile * T < filled:
+    end = tl.load(end_ptr)
+    if tile * T < end:
         live = cols < all_columns
         slots = tile * T + tl.arange(0, T)
         # Query i of n sees the slots filled before it and its own.
         limit = filled - n_query + 1 + cols % n_query
-        here = (slots >= tl.load(first_ptr + row))[None, :]
+        here = (slots >= tl.maximum(tl.load(first_ptr + row), begin)) & (slots < end)
+        here = here[None, :]
         seen = (slots[None, :] < limit[:, None]) & here & live[:, None]
         if MASK:
             m_at = mask_ptr + row * mask_batch + (cols % n_query)[:, None] * mask_query
             seen &= tl.load(m_at + slots[None, :], mask=seen, other=0) != 0
         # Unmasked along the slots, which would make the loads narrow: what is unseen is dropped.
         if MOST == 1:
-            at = scores_ptr + (row * segments + cols)[:, None] * p_room + slots[None, :]
+            at = scores_ptr + (row * all_columns + cols)[:, None] * p_room + slots[None, :]
             scores = tl.load(at, mask=live[:, None], other=0.0)
         else:
-            own = tl.load(segment_ptr + cols * 2, mask=live, other=0)
-            many = tl.load(segment_ptr + cols * 2 + 1, mask=live, other=0)
+            head = cols // columns
+            own = tl.load(segment_ptr + head * 2, mask=live, other=0)
+            many = tl.load(segment_ptr + head * 2 + 1, mask=live, other=0)
             scores = tl.zeros([COLS, T], tl.float32)
             for piece in tl.static_range(MOST):
-                at = scores_ptr + (row * segments + own + piece)[:, None] * p_room + slots[None, :]
+                line = (row * segments + own + piece) * columns + cols % columns
+                at = scores_ptr + line[:, None] * p_room + slots[None, :]
                 scores += tl.load(at, mask=(piece < many)[:, None], other=0.0)
         scores = tl.where(seen, scores, float("-inf"))
         top = tl.max(scores, 1)
@@ -287,14 +294,15 @@ def tile_weights(
     top_ptr,  # [B * columns, tiles]; becomes exp2(top - largest)
     mass_ptr,
     total_ptr,  # [B * columns]
-    filled_ptr,
+    end_ptr,  # [1] slots in tiles of T
     n_tiles,
+    before,  # tiles that stand before that of slot 0
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Weights of tiles relative to the largest score, and the softmax's denominator."""
     row = tl.program_id(0).to(tl.int64)
-    used = tl.cdiv(tl.load(filled_ptr), T)
+    used = before + tl.cdiv(tl.load(end_ptr), T)
     lane = tl.arange(0, BLOCK)
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, used, BLOCK):
@@ -319,7 +327,7 @@ def mix_values(
     p_ptr,  # [B, columns, p_room]
     weight_ptr,  # [B, columns, tiles]
     z_ptr,  # [B, S, z_row]
-    mixed_ptr,  # [B, splits, columns, room], float32
+    mixed_ptr,  # [B, all splits, columns, room], float32
     filled_ptr,
     z_batch,
     z_row_8,
@@ -328,6 +336,7 @@ def mix_values(
     n_tiles,
     per_program,
     columns,
+    all_splits,  # of which these are the first
     SCORE_TILE: tl.constexpr,
     T: tl.constexpr,
     N: tl.constexpr,
@@ -372,8 +381,7 @@ def mix_values(
             mixed = tl.dot(p, z, mixed)
     if TRANSPOSED:
         mixed = tl.trans(mixed)
-    splits = tl.num_programs(1)
-    at = ((row * splits + split) * columns + cols).to(tl.int64)[:, None] * room + channel[None, :]
+    at = ((row * all_splits + split) * columns + cols).to(tl.int64)[:, None] * room + channel[None, :]
     tl.store(mixed_ptr + at, mixed, mask=live[:, None] & (channel < room)[None, :])
 
 

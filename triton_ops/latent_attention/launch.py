@@ -82,7 +82,7 @@ def latent_attention_triton(
     half_p = power(half)
     x_row = x.stride(1) // ALIGN
     scale = scale * LOG2_E
-    processors = tuning.processors or _processors(device)
+    processors = tuning.processors or processors_of(device)
     bias = factors.key_bias
     band = factors.band if columns == 1 else None
     segments = all_columns if band is None else band.total
@@ -90,7 +90,7 @@ def latent_attention_triton(
     if band is not None:
         tile = tuning.band["T"]
         at_once = processors * tuning.band_programs
-        splits, per = _splits(room // tile, len(band.pieces) * batch, at_once)
+        splits, per = splits_of(room // tile, len(band.pieces) * batch, at_once)
         kernels.band_scores[(len(band.pieces), splits, batch)](
             q,
             x,
@@ -112,7 +112,7 @@ def latent_attention_triton(
             N=PIECE,
             COLS=PIECE_HEADS,
             BIAS=bias is not None,
-            **_options(tuning.band, half_p <= 64),
+            **options_for(tuning.band, half_p <= 64),
         )
     else:
         tile = tuning.rebuilt["T"]
@@ -120,7 +120,7 @@ def latent_attention_triton(
         blocks = -(-columns // width)
         at_once = processors * tuning.rebuilt_programs
         for (k, more), (entries, rows) in factors.buckets.items():
-            splits, per = _splits(room // tile, len(entries) * blocks * batch, at_once)
+            splits, per = splits_of(room // tile, len(entries) * blocks * batch, at_once)
             kernels.rebuilt_scores[(len(entries), splits * blocks, batch)](
                 q,
                 x,
@@ -143,7 +143,7 @@ def latent_attention_triton(
                 MORE=more,
                 BIAS=bias is not None,
                 COLS=width,
-                **_options(tuning.rebuilt, half_p <= 64 and width == NARROW),
+                **options_for(tuning.rebuilt, half_p <= 64 and width == NARROW),
             )
     tile = tuning.softmax["T"]
     n_tiles = room // tile
@@ -153,6 +153,7 @@ def latent_attention_triton(
     kernels.tile_softmax[(-(-all_columns // SOFTMAX_COLUMNS), n_tiles, batch)](
         filled if band is None else band.segments,
         scores,
+        filled,
         filled,
         first,
         filled if mask is None else mask,
@@ -165,7 +166,9 @@ def latent_attention_triton(
         n_tiles,
         segments,
         all_columns,
+        columns,
         n_query,
+        0,
         COLS=SOFTMAX_COLUMNS,
         MOST=1 if band is None else band.most,
         MASK=mask is not None,
@@ -173,14 +176,14 @@ def latent_attention_triton(
     )
     total = torch.empty(batch, all_columns, dtype=torch.float32, device=device)
     kernels.tile_weights[(batch * all_columns,)](
-        top, mass, total, filled, n_tiles, T=tile, BLOCK=power(min(n_tiles, 1024)), num_warps=1
+        top, mass, total, filled, n_tiles, 0, T=tile, BLOCK=power(min(n_tiles, 1024)), num_warps=1
     )
     mix = tuning.mix
     value_room = factors.padded_value_up.shape[-1]
     width = min(64, power(all_columns))
     parts = -(-value_room // mix["N"]) * -(-all_columns // width)
     n_value_tiles = -(-room // mix["T"])
-    splits, per = _splits(n_value_tiles, parts * batch, processors * tuning.mix_programs)
+    splits, per = splits_of(n_value_tiles, parts * batch, processors * tuning.mix_programs)
     mixed = torch.empty(batch, splits, all_columns, value_room, dtype=torch.float32, device=device)
     kernels.mix_values[(parts, splits, batch)](
         p,
@@ -195,46 +198,73 @@ def latent_attention_triton(
         n_tiles,
         per,
         all_columns,
+        splits,
         SCORE_TILE=tile,
         COLS=width,
         **mix,
     )
-    summed = torch.empty(batch, all_columns, value_room, dtype=z.dtype, device=device)
-    kernels.sum_splits[(all_columns, batch, -(-value_room // 512))](
-        mixed, total, summed, splits, all_columns, value_room, N=512, num_warps=4
+    return expanded(mixed, total, factors.padded_value_up, q.dtype, tuning.expand, n_query)
+
+
+def expanded(
+    mixed: torch.Tensor,
+    total: torch.Tensor,
+    value_up: torch.Tensor,
+    dtype: torch.dtype,
+    expand: Mapping[str, int],
+    n_query: int,
+) -> torch.Tensor:
+    """Sum the splits, divide by the softmax's denominator, expand through the values' U.
+
+    Args:
+        mixed: float32 ``[B, splits, H * Q, room]``.
+        total: float32 ``[B, H * Q]``.
+        value_up: ``[H_kv, D, room]``, rows on 16 bytes.
+        dtype: of the result.
+        expand: tile sizes.
+
+    Returns:
+        ``[B, H, Q, D]``.
+    """
+    batch, splits, all_columns, room = mixed.shape
+    kv_heads, dim, _ = value_up.shape
+    columns, device = all_columns // kv_heads, mixed.device
+    summed = torch.empty(batch, all_columns, room, dtype=value_up.dtype, device=device)
+    kernels.sum_splits[(all_columns, batch, -(-room // 512))](
+        mixed, total, summed, splits, all_columns, room, N=512, num_warps=4
     )
-    out = torch.empty(batch, all_columns, dim, dtype=q.dtype, device=device)
+    out = torch.empty(batch, all_columns, dim, dtype=dtype, device=device)
     pairs = min(64, power(batch * columns))
-    expand = dict(tuning.expand)
-    n = min(expand.pop("N"), power(dim))
+    tiles = dict(expand)
+    n = min(tiles.pop("N"), power(dim))
     kernels.expand_values[(kv_heads, -(-dim // n), -(-batch * columns // pairs))](
         summed,
-        factors.padded_value_up,
+        value_up,
         out,
         batch,
         all_columns,
         columns,
-        value_room // ALIGN,
+        room // ALIGN,
         DIM=dim,
         ROWS=pairs,
         N=n,
-        **expand,
+        **tiles,
     )
-    return out.view(batch, heads, n_query, dim)
+    return out.view(batch, -1, n_query, dim)
 
 
-def _options(options: Mapping[str, int], limited: bool) -> Mapping[str, int]:
+def options_for(options: Mapping[str, int], limited: bool) -> Mapping[str, int]:
     """Of a launch; a limit on registers is for the tiles it was measured with, wider ones spill."""
     return options if limited else {k: v for k, v in options.items() if k != "maxnreg"}
 
 
-def _processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132  # interpreted: as on an H200, so that the sequence is split as there
 
 
-def _splits(tiles: int, others: int, at_once: int) -> tuple[int, int]:
+def splits_of(tiles: int, others: int, at_once: int) -> tuple[int, int]:
     """Splits of a sequence of ``tiles`` that end soonest, and tiles of each.
 
     Args:
