@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from starkv_core.errors import UserError
 from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import RankMap
@@ -93,10 +95,36 @@ def cache_ratio(spec: ModelSpec, ranks: RankMap) -> float:
     return spec.dense_bytes_per_token / bytes_per_token(spec, ranks)
 
 
-def paper_rate(spec: ModelSpec, ranks: RankMap) -> float:
-    """The paper's rate: share removed in the compressed layers alone, padding not counted."""
-    latents = [layer.total for layer in ranks.layers if layer is not None]
-    return 1.0 - sum(latents) / (len(latents) * 2 * spec.kv_width) if latents else 0.0
+def paper_rate(
+    spec: ModelSpec, ranks: RankMap, codes: Mapping[int, LayerCodes] | None = None
+) -> float:
+    """The paper's rate: share of bits removed in the compressed layers alone.
+
+    Neither padding, scales, sinks nor windows are counted; a dense number has 16 bits.
+
+    Args:
+        codes: how the latents of which layers are coded; the rest have 16 bits.
+    """
+    coded, kept, layers = codes or {}, 0.0, 0
+    for i, layer in enumerate(ranks.layers):
+        if layer is not None:
+            layers += 1
+            kept += layer.total if i not in coded else _code_bits(coded[i]) / 16
+    return 1.0 - kept / (layers * 2 * spec.kv_width) if layers else 0.0
+
+
+def _code_bits(codes: LayerCodes) -> int:
+    """Bits of a token's codes, keys and values."""
+    return sum(int(side.layout.bits().sum()) for side in (codes.keys, codes.values))
+
+
+def mean_bits(codes: Mapping[int, LayerCodes]) -> tuple[float, float]:
+    """Mean bits of a channel of keys and of values over all coded layers, codes alone."""
+    keys, values = (
+        torch.cat([getattr(c, side).layout.bits() for c in codes.values()])
+        for side in ("keys", "values")
+    )
+    return float(keys.double().mean()), float(values.double().mean())
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from starkv_core.recipe import Recipe, load_recipe
 from starkv_core.surgery import WeightsOf, compressed
 from triton_ops.backends import choose_backend
 from triton_ops.latent_attention import RopeTables
+from triton_ops.latent_codes import LayerCodes
 
 RECIPE = "recipe.yaml"
 RANKS = "ranks.yaml"
@@ -104,6 +105,11 @@ class Subject:
         return bool(self.weights)
 
     @property
+    def codes(self) -> dict[int, LayerCodes]:
+        """How the latents of quantised layers are coded; empty without a quantisation."""
+        return {i: w.codes for i, w in self.weights.items() if w.codes is not None}
+
+    @property
     def max_positions(self) -> int:
         """Longest context in tokens."""
         return self.spec.max_positions
@@ -120,8 +126,7 @@ class Subject:
 
     def new_cache(self) -> LatentCache:
         """An empty cache for ``generate`` or ``forward`` inside :meth:`active`."""
-        codes = {i: w.codes for i, w in self.weights.items() if w.codes is not None}
-        return LatentCache(self.spec, self.ranks, self.store_dtype, codes)
+        return LatentCache(self.spec, self.ranks, self.store_dtype, self.codes)
 
 
 def _always(weights: LatentWeights) -> WeightsOf:

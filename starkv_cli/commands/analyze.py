@@ -152,17 +152,21 @@ def ranks(
     from starkv_core.artifacts import read_manifest
     from starkv_core.figures import rank_map_figure
     from starkv_core.models.load import inspect
+    from starkv_core.quant.artifact import QUANT, is_quantised
     from starkv_core.run import RANKS, read_ranks
 
     if out is not None and out.exists():
         raise UserError(f"{out} already exists; give another --out")
-    base = read_manifest(run)["base_model"]
+    manifest = read_manifest(run)
+    base = manifest["base_model"]
     found = read_ranks(run)
     spec, _ = inspect(model or base.get("name"), revision=base.get("revision"))
     found.check(spec, f"{run}/{RANKS}")
     figure = out or run / "figures" / "ranks.png"
     rank_map_figure(spec, found, f"ranks of {run}", figure)
     note(f"wrote {figure}")
+    if is_quantised(manifest):
+        note(f"ranks before quantisation, their latents in 16 bits; {run / QUANT} has the bits")
     document = _ranks_document(spec, found)
     if as_json:
         emit_json({"run": str(run)} | document)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starkv_core.artifacts import SCHEMA, write_json_atomic
-from starkv_core.budget import paper_rate
+from starkv_core.budget import mean_bits, paper_rate
 from starkv_core.engine import check_context
 from starkv_core.errors import UserError
 from starkv_core.eval.deployed import CacheBytes
@@ -149,9 +149,14 @@ class Report:
         rows.append([bytes_label, *(f"{f.cache.per_token:,.0f}" for f in figures)])
         rows.append(["cache ratio", *(f"{f.cache.ratio:.2f}" for f in figures)])
         if "compressed" in self.columns:
-            shown = {"dense": "", "compressed": f"{self.document['paper_rate']:.1%}"}
-            label = "paper rate (compressed layers only)"
-            rows.append([label, *(shown[name] for name in self.columns)])
+            bits = self.document["bits"]
+            rate = "paper rate (compressed layers only{})".format(", in bits" if bits else "")
+            only = [(rate, f"{self.document['paper_rate']:.1%}")]
+            if bits:
+                label = "bits of a stored latent, keys and values (codes only)"
+                only.insert(0, (label, f"{bits['keys']:.2f} and {bits['values']:.2f}"))
+            for label, shown in only:
+                rows.append([label, *(shown if n == "compressed" else "" for n in self.columns)])
         return rows
 
     def write(self, report: Path, figure: Path) -> list[Path]:
@@ -252,6 +257,7 @@ def _document(
     columns: dict[str, Figures],
     started: float,
 ) -> dict[str, Any]:
+    codes = subject.codes
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": "eval",
@@ -271,7 +277,10 @@ def _document(
         "options": asdict(options),
         "text": text.to_dict(),
         "windows": None if windows is None else windows.to_dict(),
-        "paper_rate": None if subject.ranks is None else paper_rate(subject.spec, subject.ranks),
+        "bits": dict(zip(("keys", "values"), mean_bits(codes), strict=True)) if codes else None,
+        "paper_rate": (
+            None if subject.ranks is None else paper_rate(subject.spec, subject.ranks, codes)
+        ),
     }
     document.update({name: figures.to_dict() for name, figures in columns.items()})
     document["seconds"] = round(time.perf_counter() - started, 1)

@@ -506,9 +506,8 @@ def decoded_kl(
 
 
 def _predicted(coded: Subject, tokens: int) -> int:
-    codes = {i: w.codes for i, w in coded.weights.items() if w.codes is not None}
     assert coded.ranks is not None
-    return predict_bytes(coded.spec, coded.ranks, tokens, codes=codes)
+    return predict_bytes(coded.spec, coded.ranks, tokens, codes=coded.codes)
 
 
 def _measured(coded: Subject, tokens: int) -> int:

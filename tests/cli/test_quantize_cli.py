@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 import starkv_core.quant.run as quant_run
 from starkv_cli.main import main
@@ -44,6 +45,44 @@ def test_tables_and_the_next_step(on_disk: OnDisk, tmp_path: Path, capsys: Any) 
         assert words in stdout
     assert f"starkv eval {out} --mode token" in stderr
     assert {"quant.yaml", "quant.safetensors"} <= {p.name for p in out.iterdir()}
+
+
+def test_evaluations_say_the_bits(on_disk: OnDisk, tmp_path: Path, capsys: Any) -> None:
+    out, report = tmp_path / "q", tmp_path / "report"
+    code, _, stderr = run_cli(
+        capsys, on_disk.run, "--scheme", "paper", "--out", out, "--device", "cpu", "--force"
+    )
+    assert code == 0, stderr
+    args = ["--tasks", "perplexity", "--window", 32, "--windows", 1, "--text", on_disk.text]
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", str(out), *map(str, args), "--out", str(report)])
+    printed = capsys.readouterr()
+    assert ended.value.code in (0, None), printed.err
+    found = json.loads((report / "eval.json").read_text())
+
+    layers = yaml.safe_load((out / "quant.yaml").read_text())["layers"]
+    sides = {
+        "keys": [counts for layer in layers for counts in layer["keys"]],
+        "values": [layer["values"] for layer in layers],
+    }
+    bits = {k: sum(b * n for c in v for b, n in c.items()) for k, v in sides.items()}
+    for name, counts in sides.items():
+        channels = sum(n for c in counts for n in c.values())
+        assert found["bits"][name] == pytest.approx(bits[name] / channels)
+    width = json.loads((on_disk.model / "config.json").read_text())
+    numbers = 2 * width["num_key_value_heads"] * width["head_dim"] * len(layers)
+    assert found["paper_rate"] == pytest.approx(1 - sum(bits.values()) / (16 * numbers))
+    for words in (
+        "bits of a stored latent",
+        f"{found['bits']['keys']:.2f}",
+        "paper rate",
+        "in bits",
+    ):
+        assert words in printed.out
+
+    with pytest.raises(SystemExit):
+        main(["analyze", "ranks", str(out), "--model", str(on_disk.model)])
+    assert "before quantisation" in capsys.readouterr().err
 
 
 def test_json_is_one_document(on_disk: OnDisk, tmp_path: Path, capsys: Any) -> None:

@@ -14,6 +14,7 @@ from starkv_core.budget import (
     Budget,
     bytes_per_token,
     cache_ratio,
+    mean_bits,
     paper_rate,
     predict_bytes,
     resolve_budget,
@@ -23,6 +24,7 @@ from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import LayerRanks, RankMap
 from starkv_core.run import dense_subject
 from tests import models
+from triton_ops.latent_codes import Codec, CodeLayout, LayerCodes, Section
 
 # 3 layers, 4 key heads of 16: 128 numbers a layer and token, 768 bytes in all.
 SPEC = models.model("llama").spec
@@ -178,6 +180,30 @@ def test_ratio_and_rate_by_hand(which: str) -> None:
     # The paper counts latents alone.
     kept = {"ragged": 101 / 384, "with dense layers": 32 / 128, "grouped": 100 / 384}[which]
     assert paper_rate(SPEC, ranks) == pytest.approx(1 - kept)
+
+
+def test_rate_and_bits_of_codes_by_hand() -> None:
+    def codec(side: str, *sections: tuple[int, int]) -> Codec:
+        made = tuple(Section(*s) for s in sections)
+        layout = CodeLayout(side, made, ())  # type: ignore[arg-type]
+        return Codec(
+            layout, torch.ones(layout.channels), torch.ones(layout.channels), "rms", "rise"
+        )
+
+    ranks = RankMap((LayerRanks((4, 4, 4, 4), (8,)), None, LayerRanks((1, 1, 1, 1), (12,))))
+    # Windows and the padding of keys to 16 channels take bytes, but have no part in the rate.
+    coded = {
+        0: LayerCodes(codec("key", (4, 6), (2, 10)), codec("value", (8, 8)), 32, 4),
+        2: LayerCodes(codec("key", (3, 4)), codec("value", (3, 4), (2, 8)), 32, 4),
+    }
+    keys, values = 6 * 4 + 10 * 2 + 4 * 3, 8 * 8 + 4 * 3 + 8 * 2
+    assert mean_bits(coded) == (keys / 20, values / 20)
+    assert paper_rate(SPEC, ranks, coded) == pytest.approx(1 - (keys + values) / (2 * 128 * 16))
+    # A layer without codes has 16 bits.
+    one = {2: coded[2]}
+    kept = 24 * 16 + 4 * 3 + 4 * 3 + 8 * 2
+    assert paper_rate(SPEC, ranks, one) == pytest.approx(1 - kept / (2 * 128 * 16))
+    assert paper_rate(SPEC, ranks, {}) == paper_rate(SPEC, ranks) == pytest.approx(1 - 40 / 256)
 
 
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257, 400])
