@@ -18,6 +18,7 @@ from starkv_core.cache import LatentLayer
 from starkv_core.models.family import Family
 from starkv_core.models.spec import ModelSpec
 from starkv_core.packed import PackedLayer
+from triton_ops.coded_attention import CodedFactors, coded_attention
 from triton_ops.latent_attention import (
     KeyLayout,
     LatentFactors,
@@ -121,6 +122,16 @@ class LatentWeights:
             else KeyLayout.side_by_side(ranks)
         )
         return LatentFactors(layout, self.key_up, self.key_bias, self.value_up)
+
+    @cached_property
+    def coded_factors(self) -> CodedFactors:
+        """The same as attention over codes takes them; made once."""
+        if self.codes is None:
+            raise RuntimeError("these latents are not coded")
+        ranks = tuple(self.real_channels.sum(-1).tolist())
+        return CodedFactors(
+            self.codes, self.key_index, ranks, self.key_up, self.key_bias, self.value_up
+        )
 
     @cached_property
     def head_order(self) -> torch.Tensor:
@@ -323,14 +334,32 @@ class CompressedAttention:
         """
         n_new, length = q.shape[2], layer.length
         cos, sin = self.tables.slots(length, q.device)
+        q = rotate(q, cos[-n_new:], sin[-n_new:])
+        mask = None if mask is None else _checked(mask)[..., :length]
+
+        def count(slots: int) -> torch.Tensor:
+            return torch.full((1,), slots, dtype=torch.int32, device=q.device)
+
+        if self.backend == "triton":
+            return coded_attention(
+                q,
+                *layer.coded_sides(),
+                weights.coded_factors,
+                self.tables,
+                filled=count(length),
+                coded=count(layer.coded),
+                scale=self.module.scaling,
+                mask=mask,
+                backend=self.backend,
+            )
         return latent_attention(
-            rotate(q, cos[-n_new:], sin[-n_new:]),
+            q,
             *layer.padded_latents(weights.head_order),
             weights.factors,
             self.tables,
-            filled=torch.full((1,), length, dtype=torch.int32, device=q.device),
+            filled=count(length),
             scale=self.module.scaling,
-            mask=None if mask is None else _checked(mask)[..., :length],
+            mask=mask,
         )
 
     def _layer(self, cache: Any, codes: LayerCodes | None) -> LatentLayer:

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from starkv_core.cache import LatentLayer
+from triton_ops.coded_attention import Coded
 from triton_ops.latent_attention import row_width
 from triton_ops.latent_codes import TILE, Codec, LayerCodes, pack, tiles, unpack
 
@@ -198,6 +199,11 @@ class PackedLayer(LatentLayer):
         keys = keys[..., order]
         padded = [F.pad(t, (0, row_width(t.shape[-1]) - t.shape[-1])) for t in (keys, values)]
         return padded[0], padded[1]
+
+    def coded_sides(self) -> tuple[Coded, Coded]:
+        """Keys and values as attention over codes takes them."""
+        keys, values = (Coded(r.codes, r.scales, exact) for exact, r in self._sides())
+        return keys, values
 
     def reset(self) -> None:
         """Forget everything, buffers included."""

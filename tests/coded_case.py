@@ -53,7 +53,7 @@ def bit_places(layout: CodeLayout, slot: int) -> list[list[tuple[int, int]]]:
         u = t % 128
         n, j = (2 * (t // 128), u - 64) if u >= 64 else (2 * (t // 128) + 1, 63 - u)
     else:
-        n, j = t // 64, t % 64
+        n, j = t // 64, t % 32 * 2 + (t % 64 >= 32)
     found, at = [], 0
     for section in layout.sections:
         stored = section.channels

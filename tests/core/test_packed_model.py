@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -225,6 +226,22 @@ def test_eight_bits_are_close_to_none(family: str) -> None:
         for bits in ((8, 8), (2, 2))
     )
     assert 0 < fine < EIGHT_BIT_LATENTS < 5 * EIGHT_BIT_LATENTS < coarse
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("bits", [(4, 4), (3, 2)])
+def test_kernels_decode_as_the_reference_does(family: str, bits: tuple[int, int]) -> None:
+    """Left-padded rows, a token and then three at once, kernels interpreted."""
+    subject = coded(deployed(family)[1], bits=bits, sinks=2, window=7)
+    ids, mask = models.ids(2, 44), torch.ones(2, 44, dtype=torch.long)
+    mask[1, :9] = 0
+    found, wanted = (
+        fed(replace(subject, backend=backend), ids, [40, 41, 44], mask)[0][:, 40:]
+        for backend in ("triton", "reference")
+    )
+    # Products in float16 move a code of a later layer now and then.
+    assert apart(found, wanted) < 2 * MOVED_CODES
 
 
 @pytest.mark.parametrize("family", list(models.CONFIGS))

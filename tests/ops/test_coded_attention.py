@@ -137,7 +137,7 @@ def draw(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Cal
         groups = {"static": (), "row": (total,), "block": tuple(blocks)}[case.scales]
         layout = CodeLayout(side, tuple(sections), groups)  # type: ignore[arg-type]
         bits = layout.bits(device).float()
-        step = (2.5 * 2**-bits * (0.5 + torch.rand(total, generator=generator, device=device)))
+        step = 2.5 * 2**-bits * (0.5 + torch.rand(total, generator=generator, device=device))
         return Codec(layout, step, torch.ones_like(step), "rms", case.zero)  # type: ignore[arg-type]
 
     key_sections = [Section(bits, sum(counts)) for bits, counts in case.ranks]
@@ -167,7 +167,9 @@ def draw(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Cal
             (case.batch, room, layout.scales, TILE), 7.0, dtype=torch.float16, device=device
         )
         slot = torch.arange(case.filled, device=device)
-        g = 0.5 + torch.rand(case.batch, case.filled, layout.scales, generator=generator, device=device)
+        g = 0.5 + torch.rand(
+            case.batch, case.filled, layout.scales, generator=generator, device=device
+        )
         scales[:, slot // TILE, :, slot % TILE] = g.half().transpose(0, 1)
         buffer = torch.full(
             (case.batch, room, layout.tile_bytes), 255, dtype=torch.uint8, device=device
@@ -202,13 +204,25 @@ CASES = {
     "three": Case(2, 48, ((3, (17, 3)),), ((3, 40),), 300, 268, zero="tread"),
     "eight": Case(2, 32, ((8, (1, 16)),), ((8, 33),), 129, 97, sinks=0),
     "mixed": Case(
-        3, 64, ((4, (4, 2, 3)), (3, (9, 0, 12))), ((8, 3), (4, 40), (2, 30)), 1100, 1068, padded=True,
+        3,
+        64,
+        ((4, (4, 2, 3)), (3, (9, 0, 12))),
+        ((8, 3), (4, 40), (2, 30)),
+        1100,
+        1068,
+        padded=True,
         batch=3,
     ),
     "many heads": Case(20, 32, ((4, (3,) * 20), (2, (2,) * 20)), ((3, 24),), 200, 168),
     "cut heads": Case(2, 64, ((4, (70, 90)),), ((4, 65),), 300, 268, scales="row"),
     "block scales": Case(
-        3, 32, ((4, (2, 1, 3)), (3, (6, 9, 4))), ((4, 8), (3, 30)), 600, 568, scales="block",
+        3,
+        32,
+        ((4, (2, 1, 3)), (3, (6, 9, 4))),
+        ((4, 8), (3, 30)),
+        600,
+        568,
+        scales="block",
         zero="tread",
     ),
     "grouped": Case(8, 64, ((4, (33, 20)),), ((4, 50),), 700, 668, batch=2, padded=True),

@@ -1,7 +1,7 @@
 """Triton kernels of attention over packed codes; :mod:`.launch` calls them.
 
-What they leave is what the kernels of latent attention leave (docs/kernels.md), and the softmax, the
-weights of tiles and what follows the sums are those kernels. Codes lie as
+What they leave is what the kernels of latent attention leave (docs/kernels.md), and the softmax,
+the weights of tiles and what follows the sums are those kernels. Codes lie as
 ``triton_ops/latent_codes/layout.py`` says: tiles of 512 slots, each of four *parts* of 128.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from triton_ops.coded_attention.ptx import plane_levels
+
 
 @triton.jit
 def _largest(x):
@@ -17,68 +19,103 @@ def _largest(x):
 
 
 @triton.jit
-def _levels(low, low_shift, top, top_shift, middle, BITS: tl.constexpr):
-    """``code - middle`` in fp16: the bits set in the mantissa of 512, which is then subtracted.
+def _level(bits, middle):
+    """``code - middle`` in fp16 of twice the code: it lies in the mantissa of 512.
 
     A number from 512 to 1023 has steps of 1/2 in fp16, so ``512 + middle`` is exact.
     """
-    low = low.to(tl.uint16)
-    if BITS == 8:
-        bits = low << 1
-    elif BITS == 3:
-        third = top.to(tl.uint16) << 3 >> top_shift.to(tl.uint16)
-        bits = ((low << 1 >> low_shift.to(tl.uint16)) & 6) | (third & 8)
-    else:
-        bits = (low << 1 >> low_shift.to(tl.uint16)) & (2 * (2**BITS - 1))
-    return (bits | 0x6000).to(tl.float16, bitcast=True) - tl.full([1, 1], 512.0 + middle, tl.float16)
+    made = (bits | 0x6000).to(tl.uint16).to(tl.float16, bitcast=True)
+    return made - tl.full([1, 1], 512.0 + middle, tl.float16)
 
 
 @triton.jit
-def _both(low, other, top, shift_0, shift_1, third_0, third_1, middle, BITS: tl.constexpr, PTX: tl.constexpr):
-    """``code - middle`` of both tokens of each byte; by four bytes at a time where PTX says how."""
+def _unpacked(low, other, top, low_shift, top_shift, middle, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Four tensors of levels from words of two bytes: first and second byte of the first token, the
+    same of the second. ``PTX`` takes two words at a time; the interpreter has no such thing.
+    """
     if PTX is None or BITS == 8:
-        x_0 = _levels(low, shift_0, top, third_0, middle, BITS)
-        x_1 = _levels(other, shift_1, top, third_1, middle, BITS)
+        width: tl.constexpr = 2 if BITS == 3 else BITS
+        mask: tl.constexpr = 2 * (2**width - 1)
+        word = (low.to(tl.int32) & 0xFFFF) << 1
+        if BITS == 8:
+            second = (other.to(tl.int32) & 0xFFFF) << 1
+        else:
+            second = word >> width
+        x_0 = word >> low_shift & mask
+        x_1 = word >> low_shift >> 8 & mask
+        y_0 = second >> low_shift & mask
+        y_1 = second >> low_shift >> 8 & mask
+        if BITS == 3:
+            third = (top.to(tl.int32) & 0xFFFF) << 3 >> top_shift
+            x_0 |= third & 8
+            x_1 |= third >> 8 & 8
+            y_0 |= third >> 1 & 8
+            y_1 |= third >> 9 & 8
+        x_0 = _level(x_0, middle)
+        x_1 = _level(x_1, middle)
+        y_0 = _level(y_0, middle)
+        y_1 = _level(y_1, middle)
     elif BITS == 4:
-        x_0, x_1 = tl.inline_asm_elementwise(
-            PTX, "=r,=r,=r,=r,r", [low], (tl.float16, tl.float16), True, 4
+        x_0, x_1, y_0, y_1 = tl.inline_asm_elementwise(
+            PTX,
+            "=r,=r,=r,=r,r",
+            [low],
+            (tl.float16, tl.float16, tl.float16, tl.float16),
+            True,
+            2,
         )
     elif BITS == 2:
-        x_0, x_1 = tl.inline_asm_elementwise(
-            PTX, "=r,=r,=r,=r,r,r,r,r,r", [low, shift_0], (tl.float16, tl.float16), True, 4
+        x_0, x_1, y_0, y_1 = tl.inline_asm_elementwise(
+            PTX,
+            "=r,=r,=r,=r,r,r,r",
+            [low, low_shift],
+            (tl.float16, tl.float16, tl.float16, tl.float16),
+            True,
+            2,
         )
     else:
-        x_0, x_1 = tl.inline_asm_elementwise(
+        x_0, x_1, y_0, y_1 = tl.inline_asm_elementwise(
             PTX,
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
-            [low, top, shift_0, third_0],
-            (tl.float16, tl.float16),
+            "=r,=r,=r,=r,r,r,r,r,r,r",
+            [low, top, low_shift, top_shift],
+            (tl.float16, tl.float16, tl.float16, tl.float16),
             True,
-            4,
+            2,
         )
-    return x_0, x_1
+    return x_0, x_1, y_0, y_1
 
 
 @triton.jit
 def _part(part, BITS: tl.constexpr):
-    """Byte rows and shifts of a part: of its first 64 tokens (n even) and of the others.
-
-    Of the plane of the low bits: row of n, row of n + 1, shift of n, of n + 1; of the plane of the
-    third bit: shift of n, of n + 1 (its row is 0).
+    """Of a part's first 64 tokens (n even): byte row, shift there, shift in the plane of the third
+    bit; and the byte row of the others, which in a byte stand above the first.
     """
     if BITS == 8:
-        row, other, shift, after = 2 * part, 2 * part + 1, part * 0, part * 0
+        row, shift, other = 2 * part, part * 0, 2 * part + 1
     elif BITS == 4:
-        row, other, shift, after = part, part, part * 0, part * 0 + 4
+        row, shift, other = part, part * 0, part
     else:
-        row, other, shift, after = part // 2, part // 2, 4 * (part % 2), 4 * (part % 2) + 2
-    return row, other, shift, after, 2 * part, 2 * part + 1
+        row, shift, other = part // 2, 4 * (part % 2), part // 2
+    return row, shift, 2 * part, other
+
+
+@triton.jit
+def _words(at, held, BITS: tl.constexpr, row, other, row_words, top_words):
+    """Words of the low plane for both tokens, and of the plane of the third bit."""
+    low = tl.load(at + row * row_words, mask=held, other=0)
+    second = low
+    top = low
+    if BITS == 8:
+        second = tl.load(at + other * row_words, mask=held, other=0)
+    if BITS == 3:
+        top = tl.load(at + top_words, mask=held, other=0)
+    return low, second, top
 
 
 @triton.jit
 def coded_band_scores(
     q_ptr,  # [B, H, D], turned for its own slot
-    code_ptr,  # uint8 [B, tiles, tile_bytes] from the section's first byte on
+    code_ptr,  # words of two bytes [B, tiles, tile_bytes / 2] from the section's first on
     scale_ptr,  # fp16 [B, tiles, groups, 512] if SCALED
     up_ptr,  # [pieces, N, D], columns of U times their step, or key biases
     role_ptr,  # [pieces, N]: column of a channel's head; of a key bias COLS more; -1
@@ -122,10 +159,10 @@ def coded_band_scores(
     piece = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
-    stored = stored_16 * 16
     start = tl.multiple_of(tl.load(start_ptr + piece), 16)
     coded = tl.load(coded_ptr)
-    lane = tl.arange(0, N)
+    # Even lanes first, then odd ones: the first and the second bytes of words.
+    lane = tl.arange(0, N) % (N // 2) * 2 + tl.arange(0, N) // (N // 2)
     role = tl.load(role_ptr + piece * N + lane)
     head = tl.load(head_ptr + piece * N + lane)
     freq = tl.arange(0, HALF_P)
@@ -143,14 +180,20 @@ def coded_band_scores(
     b = (b / unit).to(tl.float16)
 
     col = tl.arange(0, COLS)
-    pick = (role[:, None] == col[None, :]).to(tl.float16)
+    role_0 = tl.load(role_ptr + piece * N + 2 * tl.arange(0, N // 2))
+    role_1 = tl.load(role_ptr + piece * N + 2 * tl.arange(0, N // 2) + 1)
+    pick_0 = (role_0[:, None] == col[None, :]).to(tl.float16)
+    pick_1 = (role_1[:, None] == col[None, :]).to(tl.float16)
     pick_bias = (role[:, None] == col[None, :] + COLS).to(tl.float16)
     j = tl.arange(0, 64)
     cos = tl.load(cos_ptr + j[:, None] * HALF_P + freq[None, :])
     sin = tl.load(sin_ptr + j[:, None] * HALF_P + freq[None, :])
-    held = (start + lane < stored)[None, :]
-    c_base = code_ptr + row * code_batch + start
-    c_lane = j[:, None] * stored + lane[None, :]
+    word = tl.arange(0, N // 2)
+    row_step = stored_16 * 8
+    tile_words = tile_bytes_64 * 32
+    held = (start // 2 + word < row_step)[None, :]
+    c_base = code_ptr + row * (code_batch // 2) + start // 2
+    c_lane = j[:, None] * row_step + word[None, :]
     segment = tl.load(segment_ptr + piece * COLS + col)
     s_col = scores_ptr + (row * segments + segment)[None, :] * p_room
     g_col = scale_ptr + row * scale_batch + tl.load(group_ptr + piece * COLS + col)[None, :] * 512
@@ -162,26 +205,22 @@ def coded_band_scores(
         number = first + step
         tile = number // 4
         part = (number % 4).to(tl.int32)
-        row_0, row_1, shift_0, shift_1, third_0, third_1 = _part(part, BITS)
-        c_at = c_base + tile * (tile_bytes_64 * 64)
-        low = tl.load(c_at + row_0 * (64 * stored) + c_lane, mask=held, other=0)
-        other = low
-        top = low
-        if BITS == 8:
-            other = tl.load(c_at + row_1 * (64 * stored) + c_lane, mask=held, other=0)
-        if BITS == 3:
-            top = tl.load(c_at + top_plane_64 * 64 + c_lane, mask=held, other=0)
+        row_0, shift, third, row_1 = _part(part, BITS)
+        c_at = c_base + tile * tile_words + c_lane
+        low, second, top = _words(c_at, held, BITS, row_0, row_1, 64 * row_step, top_plane_64 * 32)
         cos_mid = tl.load(cos_mid_ptr + number * HALF_P + freq)[:, None]
         sin_mid = tl.load(sin_mid_ptr + number * HALF_P + freq)[:, None]
         even = tl.dot(cos, a * cos_mid + b * sin_mid, out_dtype=sums)
         odd = tl.dot(sin, b * cos_mid - a * sin_mid, out_dtype=sums)
         after = (even + odd).to(tl.float16)
         before = (even - odd).to(tl.float16)
-        x_after, x_before = _both(
-            low, other, top, shift_0, shift_1, third_0, third_1, middle, BITS, PTX
-        )
-        s_after = tl.dot(x_after * after, pick)
-        s_before = tl.dot(x_before * before, pick)
+        x_0, x_1, y_0, y_1 = _unpacked(low, second, top, shift, third, middle, BITS, PTX)
+        after_0, after_1 = tl.split(tl.permute(tl.reshape(after, [64, 2, N // 2]), 0, 2, 1))
+        before_0, before_1 = tl.split(tl.permute(tl.reshape(before, [64, 2, N // 2]), 0, 2, 1))
+        s_after = tl.dot(x_0 * after_0, pick_0)
+        s_after = tl.dot(x_1 * after_1, pick_1, s_after)
+        s_before = tl.dot(y_0 * before_0, pick_0)
+        s_before = tl.dot(y_1 * before_1, pick_1, s_before)
         slot = number * 128
         if SCALED:
             g_at = g_col + tile * (groups * 512) + part * 128
@@ -197,7 +236,7 @@ def coded_band_scores(
 @triton.jit
 def coded_rebuilt_scores(
     q_ptr,  # [B, H_kv * columns, D], turned for its own slot
-    code_ptr,  # uint8 [B, tiles, tile_bytes] from the section's first byte on
+    code_ptr,  # words of two bytes [B, tiles, tile_bytes / 2] from the section's first on
     scale_ptr,  # fp16 [B, tiles, groups, 512] if SCALED
     up_ptr,  # [entries, K, D], columns of U times their step, zero for other heads' channels
     bias_ptr,  # [entries, D]: the key bias, zero but in one section of each head
@@ -239,7 +278,6 @@ def coded_rebuilt_scores(
     block = tl.program_id(1) % blocks
     split = tl.program_id(1) // blocks
     row = tl.program_id(2).to(tl.int64)
-    stored = stored_16 * 16
     head = tl.load(entry_ptr + entry * 4)
     start = tl.multiple_of(tl.load(entry_ptr + entry * 4 + 1), 16)
     segment = tl.load(entry_ptr + entry * 4 + 2)
@@ -258,18 +296,22 @@ def coded_rebuilt_scores(
     j = tl.arange(0, 64)
     cos = tl.load(cos_ptr + j[:, None] * HALF_P + freq[None, :])
     sin = tl.load(sin_ptr + j[:, None] * HALF_P + freq[None, :])
-    lane = tl.arange(0, K)
+    word = tl.arange(0, K // 2)
     both = tl.arange(0, 2 * HALF_P)
     place = both // HALF_P * HALF + both % HALF_P
     solid = (both % HALF_P < HALF)[None, :]
-    u_at = up_ptr + (entry * K + lane)[:, None] * (2 * HALF) + place[None, :]
-    u = tl.load(u_at, mask=solid, other=0.0).to(tl.float16)
+    # Even and odd channels: the first and the second bytes of words.
+    u_at = up_ptr + (entry * K + 2 * word)[:, None] * (2 * HALF) + place[None, :]
+    u_0 = tl.load(u_at, mask=solid, other=0.0).to(tl.float16)
+    u_1 = tl.load(u_at + 2 * HALF, mask=solid, other=0.0).to(tl.float16)
     b_at = bias_ptr + entry * (2 * HALF) + freq
     b0 = tl.load(b_at, mask=real, other=0.0).to(tl.float16)[None, :]
     b1 = tl.load(b_at + HALF, mask=real, other=0.0).to(tl.float16)[None, :]
-    held = (start + lane < stored)[None, :]
-    c_base = code_ptr + row * code_batch + start
-    c_lane = j[:, None] * stored + lane[None, :]
+    row_step = stored_16 * 8
+    tile_words = tile_bytes_64 * 32
+    held = (start // 2 + word < row_step)[None, :]
+    c_base = code_ptr + row * (code_batch // 2) + start // 2
+    c_lane = j[:, None] * row_step + word[None, :]
     g_base = scale_ptr + row * scale_batch + group * 512
     s_col = scores_ptr + ((row * segments + segment) * columns + col)[None, :] * p_room
     first = (split * per_program).to(tl.int64)
@@ -278,15 +320,9 @@ def coded_rebuilt_scores(
         number = first + step
         tile = number // 4
         part = (number % 4).to(tl.int32)
-        row_0, row_1, shift_0, shift_1, third_0, third_1 = _part(part, BITS)
-        c_at = c_base + tile * (tile_bytes_64 * 64)
-        low = tl.load(c_at + row_0 * (64 * stored) + c_lane, mask=held, other=0)
-        other = low
-        top = low
-        if BITS == 8:
-            other = tl.load(c_at + row_1 * (64 * stored) + c_lane, mask=held, other=0)
-        if BITS == 3:
-            top = tl.load(c_at + top_plane_64 * 64 + c_lane, mask=held, other=0)
+        row_0, shift, third, row_1 = _part(part, BITS)
+        c_at = c_base + tile * tile_words + c_lane
+        low, second, top = _words(c_at, held, BITS, row_0, row_1, 64 * row_step, top_plane_64 * 32)
         cos_mid = tl.load(cos_mid_ptr + number * HALF_P + freq).to(tl.float32)[:, None]
         sin_mid = tl.load(sin_mid_ptr + number * HALF_P + freq).to(tl.float32)[:, None]
         q0_here = (q0 * cos_mid + q1 * sin_mid).to(tl.float16)
@@ -294,8 +330,9 @@ def coded_rebuilt_scores(
         slot = number * 128
         g_at = g_base + tile * (groups * 512) + part * 128
 
-        x_0, x_1 = _both(low, other, top, shift_0, shift_1, third_0, third_1, middle, BITS, PTX)
-        k = tl.dot(x_0, u, out_dtype=tl.float16)
+        x_0, x_1, y_0, y_1 = _unpacked(low, second, top, shift, third, middle, BITS, PTX)
+        k = tl.dot(x_0, u_0, out_dtype=tl.float16)
+        k = tl.dot(x_1, u_1, k, out_dtype=tl.float16)
         k0, k1 = tl.split(tl.permute(tl.reshape(k, [64, 2, HALF_P]), 0, 2, 1))
         if SCALED:
             g = tl.load(g_at + 64 + j)[:, None]
@@ -307,7 +344,8 @@ def coded_rebuilt_scores(
         s = tl.dot(k1 * cos + k0 * sin, q1_here, s)
         tl.store(s_col + slot + 64 + j[:, None], s * (scale * q_unit), mask=live)
 
-        k = tl.dot(x_1, u, out_dtype=tl.float16)
+        k = tl.dot(y_0, u_0, out_dtype=tl.float16)
+        k = tl.dot(y_1, u_1, k, out_dtype=tl.float16)
         k0, k1 = tl.split(tl.permute(tl.reshape(k, [64, 2, HALF_P]), 0, 2, 1))
         if SCALED:
             g = tl.load(g_at + 63 - j)[:, None]
@@ -385,7 +423,7 @@ def exact_scores(
     lane = tl.arange(0, K)
     channel = tl.load(index_ptr + head * K + lane)
     x_at = x_ptr + row * x_batch + entry[:, None].to(tl.int64) * x_row + channel[None, :]
-    x = tl.load(x_at, mask=held[:, None], other=0.0)
+    x = tl.load(x_at, mask=held[:, None], other=0.0).to(up_ptr.dtype.element_ty)
     u_at = up_ptr + (head * K + lane)[:, None] * (2 * HALF) + freq[None, :]
     u0 = tl.load(u_at, mask=real[None, :], other=0.0)
     u1 = tl.load(u_at + HALF, mask=real[None, :], other=0.0)
@@ -417,25 +455,48 @@ def exact_scores(
     tl.store(mass_ptr + own * n_tiles + tile, tl.sum(p, 0), mask=live)
 
 
+_plane_ptx = triton.constexpr_function(plane_levels)
+
+
 @triton.jit
-def mix_codes(
+def _plane(
+    words, SHIFT: tl.constexpr, WIDTH: tl.constexpr, MIDDLE_2: tl.constexpr, PTX: tl.constexpr
+):
+    """Levels of the first and the second bytes of words from the bits of one token of a plane."""
+    if PTX:
+        x_0, x_1 = tl.inline_asm_elementwise(
+            _plane_ptx(WIDTH, SHIFT, MIDDLE_2),
+            "=r,=r,r",
+            [words],
+            (tl.float16, tl.float16),
+            True,
+            2,
+        )
+    else:
+        bits = (words.to(tl.int32) & 0xFFFF) << 1 >> SHIFT
+        mask: tl.constexpr = 2 * (2**WIDTH - 1)
+        x_0 = _level(bits & mask, MIDDLE_2 / 2)
+        x_1 = _level(bits >> 8 & mask, MIDDLE_2 / 2)
+    return x_0, x_1
+
+
+@triton.jit
+def mix_plane(
     p_ptr,  # [B, columns, p_room]
     weight_ptr,  # [B, columns, tiles] from the first tile of codes on
-    code_ptr,  # uint8 [B, tiles, tile_bytes] from the section's first byte on
+    code_ptr,  # words of two bytes [B, tiles, tile_bytes / 2] from the plane's first on
     scale_ptr,  # fp16 [B, tiles, groups, 512] from the section's group on, if SCALED
     step_ptr,  # float32 [channels] of the section
     mixed_ptr,  # [B, all splits, columns, room] from the section's first channel on, float32
     coded_ptr,
-    middle,
     code_batch,
     tile_bytes_64,
-    top_plane_64,
     scale_batch,
     groups,
     room,
     p_room,
     n_tiles,
-    per_program,
+    per_program,  # tiles of 512 slots
     columns,
     channels,
     covered,  # channels to write: padding of a row becomes 0
@@ -444,12 +505,19 @@ def mix_codes(
     SCORE_TILE: tl.constexpr,
     N: tl.constexpr,
     COLS: tl.constexpr,
-    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,  # bits of the plane
+    LOW: tl.constexpr,  # place of its lowest bit in a code
+    MIDDLE_2: tl.constexpr,  # twice the code that stands for 0; 0 but in a section's first plane
     SCALED: tl.constexpr,
     PTX: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``sum_t weight * p * z_t`` from the codes of one section, over one split of the sequence."""
+    """``sum_t weight * p * z_t`` from one plane of a section, over one split of the sequence.
+
+    The planes of a code are summed apart, for a product of the tensor cores is cheaper than putting
+    the code together; all but the first add to what stands in ``mixed``. A step takes one row of
+    bytes, so that all shifts are known: 64 to 512 slots.
+    """
     blocks = tl.cdiv(columns, COLS)
     block = tl.program_id(0) % blocks
     channel = tl.program_id(0) // blocks * N + tl.arange(0, N)
@@ -458,40 +526,49 @@ def mix_codes(
     coded = tl.load(coded_ptr)
     cols = block * COLS + tl.arange(0, COLS)
     live = (cols < columns)[:, None]
-    j = tl.arange(0, 64)
+    j = tl.arange(0, 32)
     p_base = p_ptr + (row * columns + cols).to(tl.int64)[:, None] * p_room + j[None, :]
     w_base = weight_ptr + (row * columns + cols) * n_tiles
-    c_base = code_ptr + row * code_batch
-    c_lane = channel[:, None] * 64 + j[None, :]
+    c_base = code_ptr + row * (code_batch // 2)
+    c_lane = channel[:, None] * 32 + j[None, :]
     held = (channel < channels)[:, None]
+    SLOTS: tl.constexpr = 512 // WIDTH
     mixed = tl.zeros([N, COLS], tl.float32)
-    first = (split * per_program).to(tl.int64)
-    parts = tl.minimum(tl.cdiv(coded, 128), first + per_program) - first
-    for step in tl.range(0, parts, num_stages=STAGES):
-        number = first + step
-        tile = number // 4
-        part = (number % 4).to(tl.int32)
-        row_0, row_1, shift_0, shift_1, third_0, third_1 = _part(part, BITS)
-        c_at = c_base + tile * (tile_bytes_64 * 64)
-        low = tl.load(c_at + row_0 * (64 * channels) + c_lane, mask=held, other=0)
-        other = low
-        top = low
-        if BITS == 8:
-            other = tl.load(c_at + row_1 * (64 * channels) + c_lane, mask=held, other=0)
-        if BITS == 3:
-            top = tl.load(c_at + top_plane_64 * 64 + c_lane, mask=held, other=0)
-        weight = tl.load(w_base + number * 128 // SCORE_TILE, mask=cols < columns, other=0.0)
-        p_0 = tl.load(p_base + number * 128, mask=live, other=0.0) * weight[:, None]
-        p_1 = tl.load(p_base + number * 128 + 64, mask=live, other=0.0) * weight[:, None]
-        if SCALED:
-            g_at = scale_ptr + row * scale_batch + tile * (groups * 512) + part * 128 + j
-            p_0 *= tl.load(g_at).to(tl.float32)[None, :]
-            p_1 *= tl.load(g_at + 64).to(tl.float32)[None, :]
-        z_0, z_1 = _both(low, other, top, shift_0, shift_1, third_0, third_1, middle, BITS, PTX)
-        mixed = tl.dot(z_0, tl.trans(p_0.to(tl.float16)), mixed)
-        mixed = tl.dot(z_1, tl.trans(p_1.to(tl.float16)), mixed)
-    step_of = tl.load(step_ptr + channel, mask=channel < channels, other=0.0)
+    first = (split * per_program * WIDTH).to(tl.int64)
+    units = tl.minimum(tl.cdiv(coded, SLOTS), first + per_program * WIDTH) - first
+    for step in tl.range(0, units, num_stages=STAGES):
+        unit = first + step
+        tile = unit // WIDTH
+        line = unit % WIDTH
+        words = tl.load(
+            c_base + tile * (tile_bytes_64 * 32) + line * (32 * channels) + c_lane,
+            mask=held,
+            other=0,
+        )
+        g_at = scale_ptr + row * scale_batch + tile * (groups * 512) + line * SLOTS + j
+        for n in tl.static_range(SLOTS // 64):
+            slot = unit * SLOTS + n * 64
+            x_0, x_1 = _plane(words, n * WIDTH, WIDTH, MIDDLE_2, PTX)
+            # What the softmax leaves out is not even written.
+            here = (cols < columns) & (slot + tl.zeros([COLS], tl.int64) < coded)
+            weight = tl.load(w_base + slot // SCORE_TILE, mask=here, other=0.0)
+            p = _weighted(p_base + slot, here[:, None], weight, g_at + n * 64, SCALED)
+            mixed = tl.dot(x_0, tl.trans(p), mixed)
+            p = _weighted(p_base + slot + 32, here[:, None], weight, g_at + n * 64 + 32, SCALED)
+            mixed = tl.dot(x_1, tl.trans(p), mixed)
+    step_of = tl.load(step_ptr + channel, mask=channel < channels, other=0.0) * 2**LOW
     mixed = tl.trans(mixed * step_of[:, None])
     at = (row * all_splits + first_split + split) * columns + cols
     m_at = mixed_ptr + at.to(tl.int64)[:, None] * room + channel[None, :]
-    tl.store(m_at, mixed, mask=live & (channel < covered)[None, :])
+    mine = live & (channel < covered)[None, :]
+    if LOW:
+        mixed += tl.load(m_at, mask=mine, other=0.0)
+    tl.store(m_at, mixed, mask=mine)
+
+
+@triton.jit
+def _weighted(p_at, live, weight, g_at, SCALED: tl.constexpr):
+    p = tl.load(p_at, mask=live, other=0.0) * weight[:, None]
+    if SCALED:
+        p *= tl.load(g_at).to(tl.float32)[None, :]
+    return p.to(tl.float16)

@@ -10,7 +10,7 @@ import torch
 from triton_ops.coded_attention import kernels
 from triton_ops.coded_attention.op import Coded
 from triton_ops.coded_attention.ptx import levels
-from triton_ops.coded_attention.tables import BandTable, CodedFactors, RebuiltTable, Span
+from triton_ops.coded_attention.tables import BandTable, CodedFactors, Span
 from triton_ops.latent_attention import kernels as common
 from triton_ops.latent_attention.launch import (
     LOG2_E,
@@ -107,7 +107,7 @@ def coded_attention_triton(
             "SCALED": bool(keys.scales.shape[2]),
             "PTX": _ptx(span, device),
         }
-        codes = keys.codes[..., span.offset :]
+        codes = keys.codes[..., span.offset :].view(torch.int16)
         if isinstance(table, BandTable):
             kernels.coded_band_scores[(count, splits, batch)](
                 q,
@@ -232,7 +232,7 @@ def coded_attention_triton(
     blocks = -(-all_columns // width)
     n = tuning.mix["N"]
     parts = sum(-(-span.channels // n) for span in factors.value_spans) * blocks
-    splits, per = splits_of(room // PART, parts * batch, processors * tuning.mix_programs)
+    splits, per = splits_of(room // TILE, parts * batch, processors * tuning.mix_programs)
     of_exact = 1 if rows else 0
     mixed = torch.empty(
         batch, of_exact + splits, all_columns, value_room, dtype=torch.float32, device=device
@@ -259,36 +259,37 @@ def coded_attention_triton(
     for span, group in zip(factors.value_spans, factors.value_groups, strict=True):
         last = span.first + span.channels == factors.value_up.shape[-1]
         covered = value_room - span.first if last else span.channels  # padding becomes 0
-        kernels.mix_codes[(-(-covered // n) * blocks, splits, batch)](
-            p,
-            top[..., before:],
-            values.codes[..., span.offset :],
-            values.scales[:, :, group:],
-            factors.codes.values.step[span.first :],
-            mixed[..., span.first :],
-            coded,
-            span.middle,
-            values.codes.stride(0),
-            values.codes.stride(1) // 64,
-            span.top_plane // 64,
-            values.scales.stride(0),
-            values.scales.shape[2],
-            value_room,
-            room,
-            n_tiles,
-            per,
-            all_columns,
-            span.channels,
-            covered,
-            of_exact,
-            of_exact + splits,
-            SCORE_TILE=tile,
-            COLS=width,
-            BITS=span.bits,
-            SCALED=bool(values.scales.shape[2]),
-            PTX=_ptx(span, device),
-            **tuning.mix,
-        )
+        for plane in span.planes:
+            kernels.mix_plane[(-(-covered // n) * blocks, splits, batch)](
+                p,
+                top[..., before:],
+                values.codes[..., plane.offset :].view(torch.int16),
+                values.scales[:, :, group:],
+                factors.codes.values.step[span.first :],
+                mixed[..., span.first :],
+                coded,
+                values.codes.stride(0),
+                values.codes.stride(1) // 64,
+                values.scales.stride(0),
+                values.scales.shape[2],
+                value_room,
+                room,
+                n_tiles,
+                per,
+                all_columns,
+                span.channels,
+                covered,
+                of_exact,
+                of_exact + splits,
+                SCORE_TILE=tile,
+                COLS=width,
+                WIDTH=plane.width,
+                LOW=plane.low,
+                MIDDLE_2=0 if plane.low else int(2 * span.middle),
+                SCALED=bool(values.scales.shape[2]),
+                PTX=device.type == "cuda",
+                **tuning.mix,
+            )
     return expanded(mixed, total, up, q.dtype, _EXPAND, n_query)
 
 

@@ -88,9 +88,11 @@ def coded_attention(
         None if factors.key_bias is None else factors.key_bias.float(),
         factors.value_up.float(),
     )
+    x, z = (torch.nn.functional.pad(t, (0, row_width(t.shape[-1]) - t.shape[-1])) for t in (x, z))
     return latent_attention(
         q.float(),
-        *(torch.nn.functional.pad(t, (0, row_width(t.shape[-1]) - t.shape[-1])) for t in (x, z)),
+        x,
+        z,
         plain,
         rope,
         filled=filled,

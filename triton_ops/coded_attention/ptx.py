@@ -1,4 +1,4 @@
-"""PTX that turns four packed bytes into fp16 levels, two tokens a byte.
+"""PTX that turns two words of two packed bytes into fp16 levels, two tokens a byte.
 
 Triton's own casts of bytes take five instructions a code; these take one and a half to two
 (docs/kernels.md). The interpreter cannot run them and takes the plain path, with the same results.
@@ -9,18 +9,47 @@ from __future__ import annotations
 import struct
 
 _SPREAD = """
-    prmt.b32 ${out}, {reg}, 0x60606060, 0x5140;
-    prmt.b32 ${next}, {reg}, 0x60606060, 0x7362;
+    prmt.b32 ${out}, {reg}, 0x60606060, 0x5240;
+    prmt.b32 ${next}, {reg}, 0x60606060, 0x7361;
     sub.f16x2 ${out}, ${out}, m;
     sub.f16x2 ${next}, ${next}, m;"""
+
+
+def plane_levels(width: int, shift: int, middle_2: int) -> str:
+    """PTX for the bits from ``shift`` on of a plane, less half of ``middle_2``.
+
+    Registers: $0, $1 first and second bytes; $2 two words.
+    """
+    middle = (0x6000 + middle_2) * 0x10001  # 512 + middle_2 / 2 in fp16, twice
+    if width == 8:  # twice a byte does not fit one
+        take = """
+    and.b32 a, $2, 0x00ff00ff;
+    shr.u32 b, $2, 7;
+    shl.b32 a, a, 1;
+    and.b32 b, b, 0x01fe01fe;
+    or.b32 a, a, 0x60006000;
+    or.b32 b, b, 0x60006000;"""
+    else:
+        move = "shl.b32 a, $2, 1;" if shift == 0 else f"shr.u32 a, $2, {shift - 1};"
+        take = f"""
+    {move}
+    and.b32 a, a, {2 * (2**width - 1) * 0x01010101};
+    prmt.b32 b, a, 0x60606060, 0x7361;
+    prmt.b32 a, a, 0x60606060, 0x5240;"""
+    return f"""{{
+    .reg .b32 a, b, m;
+    mov.b32 m, {middle};{take}
+    sub.f16x2 $0, a, m;
+    sub.f16x2 $1, b, m;
+}}"""
 
 
 def levels(bits: int, middle: float) -> str | None:
     """PTX for codes of ``bits``; None for 8, whose cast is as short.
 
-    Registers: $0, $1 first tokens; $2, $3 second tokens; $4 bytes; for 3 bits $5 those of the top
-    plane; then the shift of the first token (four times, one an element), for 3 bits that of the
-    top plane. A second token lies ``bits`` of its plane above the first.
+    Registers: $0, $1 first and second bytes of the first token; $2, $3 of the second; $4 two words;
+    for 3 bits $5 those of the top plane; then the shift of the first token (twice, one a word), for
+    3 bits that of the top plane. A second token lies a code above the first.
     """
     if bits == 8:
         return None
@@ -47,7 +76,7 @@ def levels(bits: int, middle: float) -> str | None:
         body = """
     add.s32 s, $6, -1;
     shf.r.wrap.b32 a, $4, $4, s;
-    add.s32 s, $10, -3;
+    add.s32 s, $8, -3;
     shf.r.wrap.b32 c, $5, $5, s;
     shr.u32 b, a, 2;
     shr.u32 d, c, 1;

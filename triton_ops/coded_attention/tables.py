@@ -1,4 +1,4 @@
-"""What the kernels read beside codes: factors in the order and the pieces that they take them in."""
+"""What the kernels read beside codes: factors, in the pieces in which they take them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Span:
         stored: channels with padding.
         top_plane: bytes from ``offset`` to the plane of the third bit; 0 where there is none.
         middle: the code that stands for 0.
+        planes: of its bits, low ones first.
     """
 
     bits: int
@@ -33,6 +34,7 @@ class Span:
     stored: int
     top_plane: int
     middle: float
+    planes: tuple[Plane, ...]
 
 
 def spans(layout: CodeLayout, middles: torch.Tensor) -> list[Span]:
@@ -48,7 +50,14 @@ def spans(layout: CodeLayout, middles: torch.Tensor) -> list[Span]:
         middle = float(middles[start])
         found.append(
             Span(
-                section.bits, start, section.channels, planes[0].offset, planes[0].stored, top, middle
+                section.bits,
+                start,
+                section.channels,
+                planes[0].offset,
+                planes[0].stored,
+                top,
+                middle,
+                tuple(planes),
             )
         )
     return found
@@ -216,7 +225,11 @@ class CodedFactors:
         return found
 
     def _band_table(
-        self, span: Span, pieces: list[tuple[list[int], list[int]]], firsts: list[int], used: list[int]
+        self,
+        span: Span,
+        pieces: list[tuple[list[int], list[int]]],
+        firsts: list[int],
+        used: list[int],
     ) -> BandTable:
         up, step = self.key_up, self.codes.keys.step
         size = len(pieces), PIECE
@@ -274,7 +287,7 @@ class CodedFactors:
         for number, head, mine in parts:
             span = self.key_spans[number]
             load = (mine[0] - span.first) // PAD * PAD
-            width = power(mine[-1] + 1 - span.first - load)
+            width = power(mine[-1] + 1 - span.first - load, 32)  # words of two, 16 at least
             rows = torch.zeros(width, up.shape[1], dtype=torch.float32, device=up.device)
             for c in mine:
                 column = up[head, :, members[head].index(c)].float()
@@ -305,4 +318,3 @@ class CodedFactors:
 def _group(layout: CodeLayout, channel: int) -> int:
     """Scale group of a channel; 0 where there is none."""
     return sum(end <= channel for end in accumulate(layout.groups)) if layout.groups else 0
-

@@ -381,7 +381,9 @@ def mix_values(
             mixed = tl.dot(p, z, mixed)
     if TRANSPOSED:
         mixed = tl.trans(mixed)
-    at = ((row * all_splits + split) * columns + cols).to(tl.int64)[:, None] * room + channel[None, :]
+    at = ((row * all_splits + split) * columns + cols).to(tl.int64)[:, None] * room + channel[
+        None, :
+    ]
     tl.store(mixed_ptr + at, mixed, mask=live[:, None] & (channel < room)[None, :])
 
 

@@ -6,9 +6,10 @@ place within a byte (and which byte row), ``j`` the place within a row of :data:
 
     keys    u = t % 128:  u >= 64: n = 2 (t // 128),     j = u - 64
                           u <  64: n = 2 (t // 128) + 1, j = 63 - u
-    values  n = t // 64,  j = t % 64
+    values  n = t // 64,  j = 2 (t % 32) + t % 64 // 32
 
-so that keys come in pairs symmetric around the centre of 128 slots. In a plane of ``w`` bits token
+so that keys come in pairs symmetric around the centre of 128 slots, and the first bytes of words of
+two are values of 32 slots in a row. In a plane of ``w`` bits token
 ``(n, j)`` has bits ``n w % 8`` up of byte row ``n w // 8``. Bytes of a plane are ``[w, LANES,
 channels]`` for keys, whose sections are padded to :data:`PAD` channels, and ``[w, channels,
 LANES]`` for values. 3 bits are a plane of the low two and one of the top bit.
@@ -137,7 +138,7 @@ class CodeLayout:
         """Tile, ``n`` and ``j`` of int64 ``slots``."""
         tile, t = slots // TILE, slots % TILE
         if self.side == "value":
-            return tile, t // LANES, t % LANES
+            return tile, t // LANES, 2 * (t % 32) + t % LANES // 32
         pair, u = t // (2 * LANES), t % (2 * LANES)
         later = u >= LANES
         n = 2 * pair + (~later).long()
