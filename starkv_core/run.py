@@ -180,8 +180,9 @@ def deployed_subject(
 
 def _backend(asked: str | None, loaded: LoadedModel, store_dtype: torch.dtype) -> str:
     try:
+        chosen = choose_backend(asked, loaded.device)  # first: other faults are of no use without it
         if loaded.dtype == store_dtype:
-            return choose_backend(asked, loaded.device)
+            return chosen
         if asked == "triton":
             raise ValueError(
                 f"backend 'triton' cannot run: the model computes in {loaded.dtype}, its cache "

@@ -40,9 +40,9 @@ def quantize(
         typer.Option(metavar="CTX@MEM", help="Budget: this context in this memory: 32k@8GiB."),
     ] = None,
     context: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            help="Tokens at which bytes are counted. Default: what RUN's recipe was fitted to, or "
+            help="Tokens (1024, 2k) at which bytes are counted. Default: what RUN's recipe was fitted to, or "
             "the length of its sequences."
         ),
     ] = None,
@@ -84,7 +84,7 @@ def quantize(
     """
     from starkv_core.quant.run import BitBudget, quantize_run
     from starkv_core.quant.scheme import make_scheme
-    from starkv_core.sizes import fit_of
+    from starkv_core.sizes import fit_of, tokens_of
 
     made = make_scheme(
         scheme,
@@ -98,7 +98,10 @@ def quantize(
         sizes = None if fit is None else fit_of(fit)
     except ValueError as error:
         raise UserError(f"--fit {fit!r}: {error}") from None
-    budget = BitBudget(bits, ratio, budget_bytes, sizes, context)
+    tokens = None if context is None else tokens_of(context)
+    if context is not None and not tokens:
+        raise UserError(f"--context {context!r}: give a number of tokens such as 1024 or 2k")
+    budget = BitBudget(bits, ratio, budget_bytes, sizes, tokens)
     result = quantize_run(
         run,
         made,
