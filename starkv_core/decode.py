@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from starkv_core.cache import LatentCache, Step
-from starkv_core.graphs import CaptureError, capture, reason
+from starkv_core.graphs import CaptureError, capture, reason, require_gpu
 
 if TYPE_CHECKING:
     from starkv_core.engine import Sampler
@@ -47,8 +47,7 @@ class CapturedStep:
         generator: torch.Generator,
         first: torch.Tensor | None = None,
     ) -> None:
-        if tokens.device.type != "cuda":
-            raise CaptureError("CUDA graphs need a GPU")
+        require_gpu(tokens.device)
         if not cache.steppable:
             raise CaptureError("layers under a sliding window move their slots")
         if any(layer.device != tokens.device for layer in cache.layers):
@@ -81,6 +80,8 @@ class CapturedStep:
             cache.set_step(None)
             cache.fill(self._start)
             raise CaptureError(reason(error)) from error
+        # The graph reads them by address, and a longer context elsewhere replaces them.
+        self._tables = () if subject.tables is None else subject.tables.held()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         moving = self.tokens, self._slot, self._filled, self._mask

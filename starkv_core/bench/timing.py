@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from starkv_core.graphs import CaptureError, capture
+from triton_ops.backends import launching_on
 
 LEAST_RUNS, MOST_RUNS = 10, 100
 SECONDS = 0.5  # measured time of one backend in one case
@@ -81,24 +82,25 @@ def _timed(
             step()
             spent.append((time.perf_counter() - started) * 1e3)
         return summary(spent, graph)
-    step()
-    torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    step()
-    torch.cuda.synchronize(device)
-    seconds = max(time.perf_counter() - started, 1e-6)
-    runs = max(least, min(most, int(SECONDS / seconds)))
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if cold else None
-    marks = []
-    for _ in range(runs):
-        if flush is not None:
-            flush.zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    with launching_on(device):  # events are recorded on the current GPU
         step()
-        stop.record()
-        marks.append((start, stop))
-    torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds = max(time.perf_counter() - started, 1e-6)
+        runs = max(least, min(most, int(SECONDS / seconds)))
+        flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if cold else None
+        marks = []
+        for _ in range(runs):
+            if flush is not None:
+                flush.zero_()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            stop.record()
+            marks.append((start, stop))
+        torch.cuda.synchronize()
     return summary([start.elapsed_time(stop) for start, stop in marks], graph)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import math
 import random
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal, localcontext
 from itertools import accumulate
@@ -14,7 +17,7 @@ import torch
 
 from tests.latent_case import Call, Case, draw, relative_error
 from tests.tolerances import FP16_OP, FP16_TABLE, FP32_TABLE, FP64_OP
-from triton_ops.backends import choose_backend
+from triton_ops.backends import choose_backend, launching_on
 from triton_ops.latent_attention import KeyLayout, LatentFactors, RopeTables
 from triton_ops.latent_attention.layout import ALIGN, PIECE, PIECE_HEADS, two_powers
 
@@ -193,6 +196,22 @@ def test_tables_of_slots_at_a_million_tokens() -> None:
                 assert found == pytest.approx(want, abs=FP32_TABLE)
 
 
+def test_tables_that_growth_replaces_stay_while_they_are_held() -> None:
+    rope = RopeTables(Case(1, 8, (1,), 1, 1).inv_freq())
+
+    def made(tiles: int) -> list[weakref.ref[torch.Tensor]]:
+        tables = (*rope.slots(256 * tiles, CPU), *rope.band(128, tiles, CPU))
+        tables += rope.rebuilt(64, tiles, CPU)
+        return [weakref.ref(t if t._base is None else t._base) for t in tables]
+
+    small = made(2)
+    held = rope.held()
+    made(5)
+    assert all(t() is not None for t in small)
+    del held
+    assert not any(t() is not None for t in small)
+
+
 # Layout.
 
 
@@ -303,6 +322,46 @@ def test_backend_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_backend("triton", torch.device("cuda"))
     with pytest.raises(ValueError, match="'cuda': use one of reference, triton"):
         choose_backend("cuda", torch.device("cuda"))
+
+
+def test_triton_launches_on_the_gpu_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        entered.append(wanted)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    second = torch.device("cuda:1")
+    with launching_on(second):
+        assert entered == [second]
+    with launching_on(CPU):
+        assert not entered
+
+
+@needs_triton
+def test_the_kernels_are_launched_under_that_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton_ops.latent_attention.launch as launch
+    import triton_ops.latent_attention.op as op
+
+    inside: list[torch.device] = []
+
+    @contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        inside.append(device)
+        yield
+        inside.pop()
+
+    def launched(q: torch.Tensor, *args: object) -> torch.Tensor:
+        assert inside == [q.device]
+        return q
+
+    monkeypatch.setattr(op, "launching_on", guard)
+    monkeypatch.setattr(launch, "latent_attention_triton", launched)
+    call = _call()
+    assert call.run("triton") is call.q and not inside
 
 
 def _call() -> Call:

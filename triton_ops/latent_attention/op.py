@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from triton_ops.backends import launching_on
 from triton_ops.latent_attention.factors import LatentFactors
 from triton_ops.latent_attention.layout import row_width
 from triton_ops.latent_attention.reference import latent_attention_reference
@@ -88,18 +89,19 @@ def latent_attention(
             mask = mask[:, 0] if mask.stride(-1) == 1 else mask[:, 0].contiguous()
         if first is None:
             first = torch.zeros(batch, dtype=torch.int32, device=q.device)
-        return latent_attention_triton(
-            q,
-            key_latents,
-            value_latents,
-            factors,
-            rope,
-            filled,
-            first,
-            mask,
-            scale,
-            Tuning(),
-        )
+        with launching_on(q.device):
+            return latent_attention_triton(
+                q,
+                key_latents,
+                value_latents,
+                factors,
+                rope,
+                filled,
+                first,
+                mask,
+                scale,
+                Tuning(),
+            )
     length = int(filled)
     slot = torch.arange(length, device=q.device)
     allowed = slot < (length - n_query + 1 + torch.arange(n_query, device=q.device))[:, None]
