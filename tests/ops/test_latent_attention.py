@@ -117,6 +117,29 @@ def test_large_scores_keep_their_order(queries: int) -> None:
     assert relative_error(got, call.exact()) < 100 * FP16_OP  # absolute errors of scores grow
 
 
+@needs_triton
+@pytest.mark.parametrize("nats", [11.0, 17.5, 21.0])
+@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize("at", [3, 700])
+def test_what_lies_far_below_a_sink_is_kept(at: int, queries: int, nats: float) -> None:
+    """A sink of value 0: all of the output comes from slots ``nats`` below, in its tile and out."""
+    # One slow frequency pair carries the scores, so that RoPE leaves them as they are.
+    case = Case(1, 32, (1,), 8, 900, queries=queries, theta=1e15)
+    call = draw(case, torch.float16, CPU, seed=10)
+    call.factors.key_up.zero_()
+    call.factors.key_up[0, 15, 0] = 1.0
+    q = torch.zeros_like(call.q)
+    q[..., 15] = 32**0.5
+    call.keys[:, :900, 0] = 0.0
+    call.keys[:, at, 0] = nats
+    call.values[:, :900, :8] = 2.0**15 + 2.0**13 * call.values[:, :900, :8].clamp(-2, 2)
+    call.values[:, at] = 0.0
+    call = replace(call, q=q)
+    want = call.exact()
+    assert float(want.abs().max()) > 2.0**-10  # far from what fp16 cannot hold
+    assert relative_error(call.run("triton"), want) < FP16_OP
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("case", [*BAND.values(), *REBUILT.values()], ids=str)
 def test_reference(case: Case, dtype: torch.dtype) -> None:
@@ -423,6 +446,35 @@ def test_masks_are_true_or_false() -> None:
     for backend in ("reference", "triton"):
         with pytest.raises(ValueError, match="mask torch.float32, expected torch.bool"):
             replace(call, mask=call.mask.float()).run(backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_slots_beyond_a_mask_are_hidden(backend: str) -> None:
+    call = draw(Case(2, 32, (9, 4), 8, 300, queries=2, holes=True), torch.float16, CPU, seed=11)
+    assert call.mask is not None
+    hidden = call.mask.clone()
+    hidden[..., 270:] = False
+    want = replace(call, mask=hidden)
+    # What follows in memory is all True.
+    around = torch.ones(*call.mask.shape[:3], 900, dtype=torch.bool)
+    around[..., :270] = call.mask[..., :270]
+    short = replace(call, mask=around[..., :270])
+    assert torch.equal(short.run(backend), want.run(backend))
+    assert relative_error(short.run(backend), want.exact()) < FP16_OP
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_tables_are_of_the_heads_dimension(backend: str) -> None:
+    call = _call()
+    wrong = replace(call, case=replace(call.case, dim=64))
+    with pytest.raises(ValueError, match="head dimension 32, the tables have 64"):
+        wrong.run(backend)
+
+
+def test_the_kernels_take_16_bits() -> None:
+    call = draw(_call().case, torch.float32, CPU, seed=8)
+    with pytest.raises(ValueError, match=r"key_latents torch.float32, the triton backend takes 16"):
+        call.run("triton")
 
 
 @needs_triton

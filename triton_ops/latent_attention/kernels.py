@@ -1,7 +1,7 @@
 """Triton kernels of latent attention; :mod:`.launch` calls them, docs/kernels.md explains them.
 
 Scores are made by :func:`band_scores` or :func:`rebuilt_scores`. A tile of them at a time,
-:func:`tile_softmax` leaves ``p = exp2(score - top)`` in fp16,
+:func:`tile_softmax` leaves ``p = exp2(score - top + LIFT)`` in fp16,
 ``top`` and ``mass = sum p`` per query; :func:`tile_weights` turns the tops into weights of tiles,
 :func:`mix_values` sums ``weight * p * z`` over splits of the sequence, :func:`sum_splits` adds the
 splits up and :func:`expand_values` applies U. Offsets that grow with the context are 64-bit. A
@@ -12,6 +12,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# p is at most 2^LIFT: times a tile's weight it stays in fp16 down to 2^-(24 + LIFT) of the largest,
+# 27 nats, where p up to 1 would lose what lies 17 below a sink. Dividing by the mass, which has the
+# same factor, takes it out again. Sums are float32.
+LIFT = tl.constexpr(15.0)
 
 
 @triton.jit
@@ -133,6 +138,7 @@ def tile_softmax(
     mass_ptr,
     mask_batch,
     mask_query,
+    mask_slots,  # that the mask has; those beyond are hidden
     p_room,
     n_tiles,
     segments,
@@ -157,7 +163,8 @@ def tile_softmax(
         seen = (slots[None, :] < limit[:, None]) & here & live[:, None]
         if MASK:
             m_at = mask_ptr + row * mask_batch + (cols % n_query)[:, None] * mask_query
-            seen &= tl.load(m_at + slots[None, :], mask=seen, other=0) != 0
+            told = seen & (slots < mask_slots)[None, :]
+            seen = tl.load(m_at + slots[None, :], mask=told, other=0) != 0
         # Unmasked along the slots, which would make the loads narrow: what is unseen is dropped.
         if MOST == 1:
             at = scores_ptr + (row * segments + cols)[:, None] * p_room + slots[None, :]
@@ -171,7 +178,7 @@ def tile_softmax(
                 scores += tl.load(at, mask=(piece < many)[:, None], other=0.0)
         scores = tl.where(seen, scores, float("-inf"))
         top = tl.max(scores, 1)
-        p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
+        p = tl.exp2(scores - (tl.where(top == float("-inf"), 0.0, top) - LIFT)[:, None])
         p_at = p_ptr + (row * all_columns + cols).to(tl.int64)[:, None] * p_room + slots[None, :]
         tl.store(p_at, p.to(tl.float16), mask=live[:, None])
         at = (row * all_columns + cols) * n_tiles + tile
@@ -292,7 +299,7 @@ def tile_weights(
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Weights of tiles relative to the largest score, and the softmax's denominator."""
+    """Weights of tiles relative to the largest score, and the denominator, times 2^LIFT as p is."""
     row = tl.program_id(0).to(tl.int64)
     used = tl.cdiv(tl.load(filled_ptr), T)
     lane = tl.arange(0, BLOCK)

@@ -66,7 +66,7 @@ def latent_attention_triton(
         x, z: ``[B, S, *]`` with rows that begin on 16 bytes; only ``filled`` slots are read.
         filled: int32 ``[1]``, on the device: slots filled, the new tokens included.
         first: int32 ``[B]``: the first slot of each row.
-        mask: bool ``[B, Q, S]`` or None, on top of causality and ``first``.
+        mask: bool ``[B, Q, S']`` or None, on top of causality and ``first``; hides slots from S'.
         tuning: tile sizes.
 
     Returns:
@@ -161,6 +161,7 @@ def latent_attention_triton(
         mass,
         0 if mask is None else mask.stride(0),
         0 if mask is None else mask.stride(1),
+        0 if mask is None else mask.shape[-1],
         room,
         n_tiles,
         segments,

@@ -43,10 +43,11 @@ def latent_attention(
         filled: int32 ``[1]``, slots filled, the Q tokens included; at most S.
         scale: factor on the scores.
         first: int32 ``[B]``, the first slot of each row (left padding); None is 0.
-        mask: bool ``[B, 1, Q, S']``, True where a token may attend, on top of the above; S' is at
-            least ``filled``.
+        mask: bool ``[B, 1, Q, S']``, True where a token may attend, on top of the above; slots
+            from S' on are hidden.
         backend: ``reference`` or ``triton`` (see :func:`triton_ops.backends.choose_backend`).
-            Triton takes S in multiples of 256, rows without gaps, latents and factors of one dtype.
+            Triton takes S in multiples of 256, rows without gaps, latents and factors of one 16-bit
+            dtype.
 
     Returns:
         ``[B, H, Q, D]`` in the dtype of q; zeros for tokens that may attend to nothing.
@@ -75,6 +76,8 @@ def latent_attention(
     ]
     if heads % kv_heads:
         wrong.append(f"{heads} query heads do not divide among {kv_heads} key heads")
+    if dim != rope.dim:
+        wrong.append(f"head dimension {dim}, the tables have {rope.dim}")
     if mask is not None and mask.dtype != torch.bool:
         wrong.append(f"mask {mask.dtype}, expected torch.bool")
     if backend == "triton":
@@ -109,7 +112,8 @@ def latent_attention(
     if first is not None:
         allowed = allowed & (slot >= first[:, None, None, None])
     if mask is not None:
-        allowed = allowed & mask[..., :length]
+        beyond = max(0, length - mask.shape[-1])
+        allowed = allowed & torch.nn.functional.pad(mask[..., :length], (0, beyond))
     cos, sin = rope.slots(length, q.device)
     return latent_attention_reference(
         q,
@@ -133,6 +137,8 @@ def _kernel_faults(
     """What the kernels cannot read, beyond wrong shapes."""
     wrong = []
     room, dtype = key_latents.shape[1], key_latents.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        wrong.append(f"key_latents {dtype}, the triton backend takes 16 bits")
     if room % SLOTS:
         wrong.append(f"{room} slots, the triton backend takes a multiple of {SLOTS}")
     for name, rows in (("key_latents", key_latents), ("value_latents", value_latents)):
