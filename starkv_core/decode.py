@@ -73,6 +73,8 @@ class CapturedStep:
         # Only layers left dense read it; compressed ones go by the step's own counts.
         seen = held if first is None else held & (slots >= first[:, None])
         self._mask = seen.expand(len(tokens), room)[:, None, None].clone()
+        if first is None:
+            first = torch.zeros(len(tokens), dtype=torch.int32, device=device)
         cache.set_step(Step(self._slot, self._filled, first))
         try:
             self._graph = self._capture()

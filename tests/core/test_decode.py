@@ -171,6 +171,8 @@ def test_a_captured_step_keeps_the_tables_it_reads(monkeypatch: pytest.MonkeyPat
         subject.model(input_ids=ids, past_key_values=cache, use_cache=True)
         cache.reserve(2, 30, torch.device("cpu"))
         captured = CapturedStep(subject, cache, ids[:, 0], Sampler(), torch.Generator())
+        # Made once: where it is None, every call of the kernels has to make it.
+        assert torch.equal(cache.layers[0].step.first, torch.zeros(2, dtype=torch.int32))
         read = [weakref.ref(table) for table in subject.tables.held()]
         subject.tables.slots(4096, torch.device("cpu"))
         assert read and all(table() is not None for table in read)

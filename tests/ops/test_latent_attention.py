@@ -6,6 +6,7 @@ import importlib.util
 import math
 import random
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from tests.tolerances import FP16_OP, FP16_TABLE, FP32_TABLE, FP64_OP
 from triton_ops.backends import choose_backend, launching_on
 from triton_ops.latent_attention import KeyLayout, LatentFactors, RopeTables
 from triton_ops.latent_attention.layout import ALIGN, PIECE, PIECE_HEADS, two_powers
+from triton_ops.latent_attention.tuning import Tuning, splits_of, workspace_bytes
 
 # The interpreter computes both sides of a where: 1 / 0 for queries that attend to nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
@@ -72,7 +74,7 @@ def test_scores_of_rebuilt_keys(case: Case) -> None:
 @pytest.mark.parametrize("queries", [1, 2])
 def test_splits_of_the_sequence(queries: int, at_once: int, filled: int) -> None:
     """Programs that take several tiles; some splits are empty, or all are used."""
-    from triton_ops.latent_attention.launch import Tuning, latent_attention_triton
+    from triton_ops.latent_attention.launch import latent_attention_triton
 
     case = Case(2, 32, (9, 70), 21, filled, batch=2, queries=queries, bias=True, padded=True)
     call = draw(case, torch.float16, CPU, seed=3, room=1024)
@@ -92,13 +94,10 @@ def test_splits_of_the_sequence(queries: int, at_once: int, filled: int) -> None
     assert relative_error(got, call.exact()) < FP16_OP
 
 
-@needs_triton
 @pytest.mark.parametrize("tiles", [1, 7, 32, 256, 1024])
 @pytest.mark.parametrize("others", [1, 10, 160, 272, 3000])
 def test_splits_cover_the_sequence_and_fill_waves(tiles: int, others: int) -> None:
-    from triton_ops.latent_attention.launch import _splits
-
-    splits, per = _splits(tiles, others, 264)
+    splits, per = splits_of(tiles, others, 264)
     assert (splits - 1) * per < tiles <= splits * per
     waves = -(-others * splits // 264)
     for other in range(1, min(tiles, 64) + 1):  # none ends sooner
@@ -165,6 +164,46 @@ def test_nothing_to_attend_to_gives_zeros(backend: str) -> None:
     assert bool(got.isfinite().all())
     assert not got[1].any()  # padded to its end
     assert not got[0, :, 0].any() and got[0, :, 1:].any()  # the mask hides all of its first query
+
+
+@needs_triton
+@pytest.mark.parametrize("case", [*BAND.values(), *REBUILT.values()], ids=str)
+def test_memory_of_a_call_is_known_before(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton_ops.latent_attention.launch as launch
+
+    made: list[torch.Tensor] = []
+
+    class Recorder:
+        """torch, but for what it allocates; kernels are not run."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(torch, name)
+
+        def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+            made.append(torch.empty(*shape, dtype=dtype, device=device))
+            return made[-1]
+
+        def empty_like(self, other: torch.Tensor) -> torch.Tensor:
+            return self.empty(*other.shape, dtype=other.dtype, device=other.device)
+
+    class Kernels:
+        def __getattr__(self, name: str) -> object:
+            return defaultdict(lambda: lambda *args, **options: None)
+
+    monkeypatch.setattr(launch, "torch", Recorder())
+    monkeypatch.setattr(launch, "kernels", Kernels())
+    call = draw(case, torch.float16, CPU, seed=12, room=4096)
+    call.run("triton")
+    assert sum(t.nbytes for t in made) == workspace_bytes(
+        call.factors.layout,
+        case.bias,
+        case.value_rank,
+        batch=case.batch,
+        heads=case.heads,
+        dim=case.dim,
+        room=4096,
+        n_query=case.queries,
+    )
 
 
 # Tables.

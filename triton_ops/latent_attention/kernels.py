@@ -339,7 +339,6 @@ def mix_values(
     T: tl.constexpr,
     N: tl.constexpr,
     COLS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """``sum_t weight * p * z_t`` over one split of the sequence, for a block of channels."""
@@ -358,10 +357,7 @@ def mix_values(
     w_base = weight_ptr + (row * columns + cols) * n_tiles
     z_base = z_ptr + row * z_batch + channel[None, :]
     j = tl.arange(0, T)
-    if TRANSPOSED:
-        mixed = tl.zeros([N, COLS], tl.float32)
-    else:
-        mixed = tl.zeros([COLS, N], tl.float32)
+    mixed = tl.zeros([N, COLS], tl.float32)
     last = tl.minimum(tl.cdiv(filled, T), (split + 1) * per_program)
     for tile in tl.range(split * per_program, last, num_stages=STAGES):
         slots = tile * T + j
@@ -373,12 +369,8 @@ def mix_values(
         p = tl.load(p_base + slots[None, :], mask=live[:, None], other=0.0)
         weight = tl.load(w_base + tile * T // SCORE_TILE, mask=live, other=0.0)
         p = (p * weight[:, None]).to(dtype)
-        if TRANSPOSED:
-            mixed = tl.dot(tl.trans(z), tl.trans(p), mixed)
-        else:
-            mixed = tl.dot(p, z, mixed)
-    if TRANSPOSED:
-        mixed = tl.trans(mixed)
+        mixed = tl.dot(tl.trans(z), tl.trans(p), mixed)
+    mixed = tl.trans(mixed)
     splits = tl.num_programs(1)
     at = ((row * splits + split) * columns + cols).to(tl.int64)[:, None] * room + channel[None, :]
     tl.store(mixed_ptr + at, mixed, mask=live[:, None] & (channel < room)[None, :])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 
@@ -11,40 +10,15 @@ from triton_ops.latent_attention import kernels
 from triton_ops.latent_attention.factors import LatentFactors
 from triton_ops.latent_attention.layout import ALIGN, NARROW, PIECE, PIECE_HEADS, power
 from triton_ops.latent_attention.rope import RopeTables
+from triton_ops.latent_attention.tuning import (
+    Tuning,
+    mix_splits,
+    processors_of,
+    splits_of,
+)
 
 LOG2_E = 1.4426950408889634
-_MOST_SPLITS = 64
 SOFTMAX_COLUMNS = 16  # columns of one program of the softmax
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Tile sizes of the kernels; the defaults are the best measured on an H200.
-
-    Attributes:
-        band, softmax, rebuilt, mix, expand: keyword arguments of a launch, Triton's own included.
-        band_programs, rebuilt_programs, mix_programs: that one multiprocessor runs at once; how
-            often the sequence is split follows from it.
-        processors: multiprocessors; None asks the device.
-    """
-
-    band: Mapping[str, int] = field(
-        default_factory=lambda: {"T": 128, "STAGES": 3, "num_warps": 4, "maxnreg": 168}
-    )
-    softmax: Mapping[str, int] = field(default_factory=lambda: {"T": 256, "num_warps": 4})
-    rebuilt: Mapping[str, int] = field(
-        default_factory=lambda: {"T": 64, "STAGES": 3, "num_warps": 4, "maxnreg": 128}
-    )
-    mix: Mapping[str, int] = field(
-        default_factory=lambda: {"T": 128, "N": 128, "TRANSPOSED": 1, "STAGES": 3, "num_warps": 4}
-    )
-    expand: Mapping[str, int] = field(
-        default_factory=lambda: {"N": 32, "K": 256, "STAGES": 3, "num_warps": 4}
-    )
-    band_programs: int = 3
-    rebuilt_programs: int = 4
-    mix_programs: int = 1
-    processors: int | None = None
 
 
 def latent_attention_triton(
@@ -82,7 +56,7 @@ def latent_attention_triton(
     half_p = power(half)
     x_row = x.stride(1) // ALIGN
     scale = scale * LOG2_E
-    processors = tuning.processors or _processors(device)
+    processors = tuning.processors or processors_of(device)
     bias = factors.key_bias
     band = factors.band if columns == 1 else None
     segments = all_columns if band is None else band.total
@@ -90,7 +64,7 @@ def latent_attention_triton(
     if band is not None:
         tile = tuning.band["T"]
         at_once = processors * tuning.band_programs
-        splits, per = _splits(room // tile, len(band.pieces) * batch, at_once)
+        splits, per = splits_of(room // tile, len(band.pieces) * batch, at_once)
         kernels.band_scores[(len(band.pieces), splits, batch)](
             q,
             x,
@@ -112,7 +86,7 @@ def latent_attention_triton(
             N=PIECE,
             COLS=PIECE_HEADS,
             BIAS=bias is not None,
-            **_options(tuning.band, half_p <= 64),
+            **options_for(tuning.band, half_p <= 64),
         )
     else:
         tile = tuning.rebuilt["T"]
@@ -120,7 +94,7 @@ def latent_attention_triton(
         blocks = -(-columns // width)
         at_once = processors * tuning.rebuilt_programs
         for (k, more), (entries, rows) in factors.buckets.items():
-            splits, per = _splits(room // tile, len(entries) * blocks * batch, at_once)
+            splits, per = splits_of(room // tile, len(entries) * blocks * batch, at_once)
             kernels.rebuilt_scores[(len(entries), splits * blocks, batch)](
                 q,
                 x,
@@ -143,7 +117,7 @@ def latent_attention_triton(
                 MORE=more,
                 BIAS=bias is not None,
                 COLS=width,
-                **_options(tuning.rebuilt, half_p <= 64 and width == NARROW),
+                **options_for(tuning.rebuilt, half_p <= 64 and width == NARROW),
             )
     tile = tuning.softmax["T"]
     n_tiles = room // tile
@@ -178,10 +152,7 @@ def latent_attention_triton(
     )
     mix = tuning.mix
     value_room = factors.padded_value_up.shape[-1]
-    width = min(64, power(all_columns))
-    parts = -(-value_room // mix["N"]) * -(-all_columns // width)
-    n_value_tiles = -(-room // mix["T"])
-    splits, per = _splits(n_value_tiles, parts * batch, processors * tuning.mix_programs)
+    width, parts, splits, per = mix_splits(tuning, batch, all_columns, value_room, room, processors)
     mixed = torch.empty(batch, splits, all_columns, value_room, dtype=torch.float32, device=device)
     kernels.mix_values[(parts, splits, batch)](
         p,
@@ -224,30 +195,6 @@ def latent_attention_triton(
     return out.view(batch, heads, n_query, dim)
 
 
-def _options(options: Mapping[str, int], limited: bool) -> Mapping[str, int]:
+def options_for(options: Mapping[str, int], limited: bool) -> Mapping[str, int]:
     """Of a launch; a limit on registers is for the tiles it was measured with, wider ones spill."""
     return options if limited else {k: v for k, v in options.items() if k != "maxnreg"}
-
-
-def _processors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132  # interpreted: as on an H200, so that the sequence is split as there
-
-
-def _splits(tiles: int, others: int, at_once: int) -> tuple[int, int]:
-    """Splits of a sequence of ``tiles`` that end soonest, and tiles of each.
-
-    Args:
-        others: programs for each split.
-        at_once: programs that run at once.
-    """
-
-    def length(splits: int) -> int:
-        per = -(-tiles // splits)
-        waves = -(-others * -(-tiles // per) // at_once)
-        return waves * (per + 1)  # starting a program takes about as long as a tile
-
-    wanted = min(range(1, min(tiles, _MOST_SPLITS) + 1), key=length)
-    per = -(-tiles // wanted)
-    return -(-tiles // per), per

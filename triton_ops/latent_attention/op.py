@@ -9,6 +9,7 @@ from triton_ops.latent_attention.factors import LatentFactors
 from triton_ops.latent_attention.layout import row_width
 from triton_ops.latent_attention.reference import latent_attention_reference
 from triton_ops.latent_attention.rope import RopeTables
+from triton_ops.latent_attention.tuning import Tuning
 
 REFERENCE_TILE = 1024  # tokens whose keys the reference rebuilds at once
 SLOTS = 256  # the kernels take buffers of a multiple of so many slots
@@ -42,7 +43,8 @@ def latent_attention(
         rope: tables of the model.
         filled: int32 ``[1]``, slots filled, the Q tokens included; at most S.
         scale: factor on the scores.
-        first: int32 ``[B]``, the first slot of each row (left padding); None is 0.
+        first: int32 ``[B]``, the first slot of each row (left padding); None is 0, and Triton then
+            makes the zeros.
         mask: bool ``[B, 1, Q, S']``, True where a token may attend, on top of the above; slots
             from S' on are hidden.
         backend: ``reference`` or ``triton`` (see :func:`triton_ops.backends.choose_backend`).
@@ -86,7 +88,7 @@ def latent_attention(
         raise ValueError("latent_attention: " + "; ".join(wrong))
     if backend == "triton":
         # Imported here: where Triton is missing the reference still runs.
-        from triton_ops.latent_attention.launch import Tuning, latent_attention_triton
+        from triton_ops.latent_attention.launch import latent_attention_triton
 
         if mask is not None:
             mask = mask[:, 0] if mask.stride(-1) == 1 else mask[:, 0].contiguous()
