@@ -26,6 +26,10 @@ class CapturedStep:
     The capture costs about three steps and leaves the cache as it was. Each replay appends the
     current tokens and picks the next ones; :meth:`close` tells the cache how many it then holds.
 
+    Attributes:
+        tokens: int64 ``[B]``, to feed next.
+        logits: ``[B, V]``, what they were picked from; a replay overwrites both.
+
     Args:
         subject: model, compressed or dense; the caller is inside ``subject.active()``.
         cache: filled by the prompt and with room (:meth:`LatentCache.reserve`) for all steps.
@@ -37,6 +41,8 @@ class CapturedStep:
     Raises:
         CaptureError: no GPU or several, a sliding window, or the capture itself fails.
     """
+
+    logits: torch.Tensor
 
     def __init__(
         self,
@@ -104,7 +110,8 @@ class CapturedStep:
             use_cache=True,
             logits_to_keep=1,
         )
-        self.tokens.copy_(self._sampler.pick(output.logits[:, -1], self._generator))
+        self.logits = output.logits[:, -1]
+        self.tokens.copy_(self._sampler.pick(self.logits, self._generator))
         self._slot += 1
         self._filled += 1
         self._mask.index_fill_(3, self._slot.clamp(max=self._room - 1), True)

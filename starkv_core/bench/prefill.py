@@ -13,7 +13,7 @@ from torch import Tensor
 
 from starkv_core.bench.gate import LOGITS_LIMIT, fault, relative_error
 from starkv_core.bench.outcome import Measured
-from starkv_core.bench.plan import Need
+from starkv_core.bench.plan import Need, slot_tables
 from starkv_core.bench.shapes import Shape
 from starkv_core.bench.timing import measure_steps, peak_bytes, release
 from starkv_core.budget import predict_bytes
@@ -39,6 +39,7 @@ def need(shape: Shape, backend: str, ctx: int, batch: int) -> Need:
     parts["activations"] = tokens * (64 * spec.hidden + 16 * spec.n_heads * spec.head_dim)
     if backend == STARKV:
         parts["factors"] = 2 * shape.factor_numbers
+        parts["tables"] = 2 * slot_tables(spec, ctx)  # growth doubles them
         parts["rebuilt keys and values"] = 20 * tokens * spec.kv_width
     parts["margin"] = 3 << 29
     return Need(parts)
