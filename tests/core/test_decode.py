@@ -198,8 +198,8 @@ def test_replays_give_the_tokens_of_single_steps(
     start = {"slack": 0, "skip_layers": skip}
     subject = models.deployed(loaded, dtype=torch.float16, start=start)
     assert subject.backend == "triton"
-    words = HELDOUT_TEXT.read_text()[:400]
-    prompt = torch.tensor(loaded.tokenizer(words)["input_ids"])[:60].expand(3, -1)
+    words = loaded.tokenizer(HELDOUT_TEXT.read_text()[:2000])["input_ids"]
+    prompt = torch.tensor([words[start : start + 60] for start in (0, 100, 200)])
     mask = torch.ones_like(prompt)
     mask[1, :20] = 0
 
@@ -207,7 +207,7 @@ def test_replays_give_the_tokens_of_single_steps(
         return torch.stack(list(stream(subject, prompt, mask, 256, sampler=Sampler())), 1)
 
     captured = run(subject)
-    assert captured.shape == (3, 256) or bool((captured[:, -1] == captured[0, -1]).all())
+    assert captured.shape == (3, 256)
     if skip:
         ids = torch.cat((prompt, captured.cpu()), 1).to("cuda")
         whole = torch.ones_like(ids)

@@ -17,7 +17,14 @@ import pytest
 import torch
 
 from tests.latent_case import Call, Case, draw, relative_error
-from tests.tolerances import FP16_OP, FP16_TABLE, FP32_TABLE, FP64_OP
+from tests.tolerances import (
+    FP16_BAND_LARGE,
+    FP16_OP,
+    FP16_REBUILT_LARGE,
+    FP16_TABLE,
+    FP32_TABLE,
+    FP64_OP,
+)
 from triton_ops.backends import choose_backend, launching_on
 from triton_ops.latent_attention import KeyLayout, LatentFactors, RopeTables
 from triton_ops.latent_attention.layout import ALIGN, PIECE, PIECE_HEADS, two_powers
@@ -106,14 +113,14 @@ def test_splits_cover_the_sequence_and_fill_waves(tiles: int, others: int) -> No
 
 
 @needs_triton
-@pytest.mark.parametrize("queries", [1, 3])
-def test_large_scores_keep_their_order(queries: int) -> None:
+@pytest.mark.parametrize(("queries", "bound"), [(1, FP16_BAND_LARGE), (3, FP16_REBUILT_LARGE)])
+def test_large_scores_keep_their_order(queries: int, bound: float) -> None:
     """Scores of hundreds: tiles differ by more than any exponent holds."""
     call = draw(Case(2, 64, (17, 9), 8, 300, queries=queries), torch.float16, CPU, seed=4)
     call = replace(call, q=call.q * 100)
     got = call.run("triton")
     assert bool(got.isfinite().all())
-    assert relative_error(got, call.exact()) < 100 * FP16_OP  # absolute errors of scores grow
+    assert relative_error(got, call.exact()) < bound
 
 
 @needs_triton
