@@ -202,6 +202,7 @@ class _Bench:
         self.common = {
             "run": f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}",
             "shape": shape.name,
+            "rank_map": shape.ranks.digest,
             "dtype": dtype,
             "bandwidth": self.bandwidth,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none (CPU)",

@@ -7,11 +7,12 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from starkv_core.bench import attention, decode, gate, prefill
+from starkv_core.bench import attention, decode, gate, prefill, timing
 from starkv_core.bench.attention import REBUILD, SDPA_DEFAULT, SDPA_FLASH, STARKV
 from starkv_core.bench.models import compressed_subject, dense_subject
 from starkv_core.bench.outcome import Measured
@@ -21,7 +22,7 @@ from starkv_core.bench.records import KEYS, Record
 from starkv_core.bench.shapes import Shape, named_spec, open_shape, scaled_down
 from starkv_core.bench.sizes import parse_counts, parse_memory
 from starkv_core.bench.suite import BenchOptions, run_bench
-from starkv_core.bench.timing import measure, summary
+from starkv_core.bench.timing import Timing, measure, summary
 from starkv_core.budget import paper_rate
 from starkv_core.errors import UserError
 from starkv_core.rank_map import LayerRanks, RankMap
@@ -102,6 +103,17 @@ def test_scaled_down_keeps_the_kind_of_attention() -> None:
         assert small.spec.rope.kind == full.spec.rope.kind
         assert small.parameters < 2_000_000
         assert 0.3 < small.removed < 0.9
+
+
+def test_a_maps_digest_tells_it_from_others() -> None:
+    one = RankMap((LayerRanks((3, 4), (5,)), None))
+    others = [
+        RankMap((LayerRanks((4, 3), (5,)), None)),
+        RankMap((None, LayerRanks((3, 4), (5,)))),
+        RankMap((LayerRanks((3,), (4, 5)), None)),
+    ]
+    assert len({ranks.digest for ranks in (one, *others)}) == 4
+    assert RankMap.from_dict(one.to_dict(), "x").digest == one.digest
 
 
 # --- sizes ---------------------------------------------------------------------------------------
@@ -330,6 +342,23 @@ def test_prefill_agrees_with_reading_the_cache_back(
         assert done.timing is not None
 
 
+def test_prefill_gate_sees_what_is_wrong_beyond_a_tile(
+    subjects: dict[str, tuple[Shape, Subject, Subject]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> torch.Tensor:
+        if how["is_causal"]:
+            v = torch.cat((v[:, :, :512], 0 * v[:, :, 512:]), 2)
+        return real(q, k, v, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", wrong)
+    for subject in subjects["llama-2-7b"][1:]:
+        done = prefill.run_case(subject, 33, 1, checked=False)
+        assert done.timing is None
+        assert done.fault is not None and done.fault.startswith("wrong")
+
+
 @pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-8b", "qwen3-0.6b"])
 def test_cache_bytes_are_those_of_the_tensors(
     name: str, subjects: dict[str, tuple[Shape, Subject, Subject]]
@@ -420,6 +449,21 @@ def test_percentiles() -> None:
     assert measure(lambda: None, CPU).p50 >= 0
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_bandwidth_is_what_the_better_of_two_kernels_reaches(
+    copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading alone moves half the bytes; here it takes 0.4 or 0.6 of the time of a copy."""
+    taken = iter([1.0, 0.6 if copied else 0.4])
+
+    def measured(step: Callable[[], object], device: torch.device, *, cold: bool) -> Timing:
+        step()
+        return summary([next(taken)], graph=False)
+
+    monkeypatch.setattr(timing, "measure", measured)
+    assert timing.bandwidth(CPU) == pytest.approx((16 << 20) * 1e3 * (2 if copied else 2.5))
+
+
 def test_without_a_gpu_it_says_what_would_fit() -> None:
     with pytest.raises(UserError, match=r"no GPU.* GiB.*--scale-down"):
         run_bench(BenchOptions(device="cpu", contexts=(32 << 10,)))
@@ -433,6 +477,9 @@ def test_records_of_every_suite_have_all_keys() -> None:
         *(("prefill", b) for b in prefill.BACKENDS),
     ]
     assert len({r["run"] for r in records}) == 1
+    assert {r["rank_map"] for r in records} == {
+        scaled_down(open_shape("llama-3.1-8b")).ranks.digest
+    }
     for record in records:
         assert tuple(record) == KEYS
         assert record["fault"] is None
