@@ -509,6 +509,19 @@ def test_slots_beyond_a_mask_are_hidden(backend: str) -> None:
     assert relative_error(short.run(backend), want.exact()) < FP16_OP
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_keys_of_hidden_slots_may_be_anything(queries: int, backend: str) -> None:
+    case = Case(2, 32, (9, 4), 8, 300, 2, queries, bias=True, padded=True, holes=True)
+    call = draw(case, torch.float16, CPU, seed=13)
+    assert call.mask is not None and call.first is not None
+    want = call.exact()
+    before = torch.arange(call.keys.shape[1]) < call.first[:, None]
+    before[:, :300] |= ~call.mask.any(2)[:, 0]
+    call.keys[before] = float("nan")
+    assert relative_error(call.run(backend), want) < FP16_OP
+
+
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_tables_are_of_the_heads_dimension(backend: str) -> None:
     call = _call()
