@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from starkv_core.cache import LatentCache, Step
-from starkv_core.graphs import CaptureError, capture, reason
+from starkv_core.graphs import CaptureError, capture, reason, require_gpu
 
 if TYPE_CHECKING:
     from starkv_core.engine import Sampler
@@ -26,6 +26,10 @@ class CapturedStep:
     The capture costs about three steps and leaves the cache as it was. Each replay appends the
     current tokens and picks the next ones; :meth:`close` tells the cache how many it then holds.
 
+    Attributes:
+        tokens: int64 ``[B]``, to feed next.
+        logits: ``[B, V]``, what they were picked from; a replay overwrites both.
+
     Args:
         subject: model, compressed or dense; the caller is inside ``subject.active()``.
         cache: filled by the prompt and with room (:meth:`LatentCache.reserve`) for all steps.
@@ -39,6 +43,8 @@ class CapturedStep:
             fails.
     """
 
+    logits: torch.Tensor
+
     def __init__(
         self,
         subject: Subject,
@@ -48,8 +54,7 @@ class CapturedStep:
         generator: torch.Generator,
         first: torch.Tensor | None = None,
     ) -> None:
-        if tokens.device.type != "cuda":
-            raise CaptureError("CUDA graphs need a GPU")
+        require_gpu(tokens.device)
         if not cache.steppable:
             raise CaptureError("layers under a sliding window, or packed, move their slots")
         if any(layer.device != tokens.device for layer in cache.layers):
@@ -75,6 +80,8 @@ class CapturedStep:
         # Only layers left dense read it; compressed ones go by the step's own counts.
         seen = held if first is None else held & (slots >= first[:, None])
         self._mask = seen.expand(len(tokens), room)[:, None, None].clone()
+        if first is None:
+            first = torch.zeros(len(tokens), dtype=torch.int32, device=device)
         cache.set_step(Step(self._slot, self._filled, first))
         try:
             self._graph = self._capture()
@@ -82,6 +89,8 @@ class CapturedStep:
             cache.set_step(None)
             cache.fill(self._start)
             raise CaptureError(reason(error)) from error
+        # The graph reads them by address, and a longer context elsewhere replaces them.
+        self._tables = () if subject.tables is None else subject.tables.held()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         moving = self.tokens, self._slot, self._filled, self._mask
@@ -102,7 +111,8 @@ class CapturedStep:
             use_cache=True,
             logits_to_keep=1,
         )
-        self.tokens.copy_(self._sampler.pick(output.logits[:, -1], self._generator))
+        self.logits = output.logits[:, -1]
+        self.tokens.copy_(self._sampler.pick(self.logits, self._generator))
         self._slot += 1
         self._filled += 1
         self._mask.index_fill_(3, self._slot.clamp(max=self._room - 1), True)

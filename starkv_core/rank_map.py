@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,12 @@ class RankMap:
     """Ranks per layer; None marks a layer that stays dense."""
 
     layers: tuple[LayerRanks | None, ...]
+
+    @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits that tell this map from others."""
+        text = json.dumps(self.to_dict()["layers"], separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain form for YAML."""

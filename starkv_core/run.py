@@ -180,7 +180,9 @@ def deployed_subject(
 
 def _backend(asked: str | None, loaded: LoadedModel, store_dtype: torch.dtype) -> str:
     try:
-        chosen = choose_backend(asked, loaded.device)  # first: other faults are of no use without it
+        chosen = choose_backend(
+            asked, loaded.device
+        )  # first: other faults are of no use without it
         if loaded.dtype == store_dtype:
             return chosen
         if asked == "triton":

@@ -22,6 +22,14 @@ sin, A, B and their products are rounded to 2^-11, about six times; scores have 
 BF16_OP = 1e-2
 """The same in bfloat16: products with latents, probabilities, sums, outputs round to 2^-9 each."""
 
+FP16_BAND_LARGE = 5e-4
+"""Relative error of latent attention where scores are hundreds and no key is rebuilt: the softmax
+is nearly one slot, whose own score matters little; 2.2e-4 measured."""
+
+FP16_REBUILT_LARGE = 4e-2
+"""The same where keys are rebuilt in float16: 2^-11 of scores of up to 200 is 0.1, which moves p by
+as much where two slots are near; 2.3e-2 measured."""
+
 FP16_TABLE = 7e-4
 """Entries up to 1.25 of float16 tables: half a last digit, 2^-11 of 1 to 2; and no more far out."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -26,6 +27,11 @@ def choose_backend(asked: str | None, device: torch.device) -> str:
         raise ValueError(f"backend 'triton' cannot run: {why_not}; use reference")
     # Interpreted kernels run on a CPU, but for tests: only when asked for.
     return "triton" if asked or (not why_not and device.type == "cuda") else "reference"
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Within, Triton launches on ``device``: it takes the current GPU, not that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _triton_fault(device: torch.device) -> str | None:

@@ -42,8 +42,8 @@ def quantize(
     context: Annotated[
         str | None,
         typer.Option(
-            help="Tokens (1024, 2k) at which bytes are counted. Default: what RUN's recipe was fitted to, or "
-            "the length of its sequences."
+            help="Tokens (1024, 2k) at which bytes are counted. Default: what RUN's recipe was "
+            "fitted to, or the length of its sequences."
         ),
     ] = None,
     widths: Annotated[

@@ -2,7 +2,8 @@
 
 Ours is the engine's own captured step on a reserved cache; beside it stands transformers' static
 cache under the same forward, captured alike (``static-graph``). Both share one set of weights, and
-both are greedy. The caches hold random numbers: speed does not depend on them.
+both are greedy. The caches hold random numbers: speed does not depend on them. The logits of the
+very step that is timed are held to another path through the same cache, some rows at its batch.
 """
 
 from __future__ import annotations
@@ -15,9 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starkv_core.bench.gate import LOGITS_LIMIT, fault, relative_error, token_fault
+from starkv_core.attention import DECODE_QUERIES
+from starkv_core.bench.gate import (
+    LOGITS_LIMIT,
+    fault,
+    greedy_fault,
+    relative_error,
+    rows_checked,
+)
 from starkv_core.bench.outcome import Measured
-from starkv_core.bench.plan import Need
+from starkv_core.bench.plan import Need, latent_work, slot_tables
 from starkv_core.bench.shapes import Shape
 from starkv_core.bench.timing import measure_steps, peak_bytes, release
 from starkv_core.budget import predict_bytes, slots
@@ -30,7 +38,7 @@ from starkv_core.run import Subject
 
 STATIC, STARKV = BACKENDS = ("static-graph", "starkv")
 ROOM = 256  # slots kept for the steps that are timed, on both sides
-_GATE_ROWS = 2
+_CHUNK = DECODE_QUERIES + 1  # tokens from which latents are not read as they are
 
 
 def tokens_held(ctx: int) -> int:
@@ -53,15 +61,16 @@ def read_bytes(shape: Shape, subject: Subject, ctx: int, batch: int) -> int:
     if embedding is not model.get_output_embeddings().weight:
         weights -= embedding.numel()  # a step reads one row of it for every token
     numbers = 0
-    for layer in shape.ranks.layers:
+    for i, layer in enumerate(shape.ranks.layers):
+        held = min(ctx, spec.windows[i] - 1) if i in spec.windows else ctx
         if subject.compressed and layer is not None:
             weights -= 2 * spec.kv_width * spec.hidden
             up = spec.kv_width * sum(layer.values) + sum(layer.keys) * spec.head_dim
             weights += layer.total * spec.hidden + up
-            numbers += layer.stored
+            numbers += ctx * layer.stored
         else:
-            numbers += 2 * spec.kv_width
-    return 2 * (weights + batch * ctx * numbers)
+            numbers += held * 2 * spec.kv_width
+    return 2 * (weights + batch * numbers)
 
 
 def need(shape: Shape, backend: str, ctx: int, batch: int) -> Need:
@@ -72,8 +81,9 @@ def need(shape: Shape, backend: str, ctx: int, batch: int) -> Need:
     work = batch * (8 * spec.vocab + 64 * spec.hidden)
     if backend == STARKV:
         parts["factors"] = 2 * shape.factor_numbers
-        widest = max(sum(layer.values) for layer in shape.ranks.layers if layer is not None)
-        work += batch * spec.n_heads * (4 * held + 4 * 33 * widest)
+        parts["tables"] = 2 * slot_tables(spec, held)  # growth doubles them
+        layers = {layer for layer in shape.ranks.layers if layer is not None}
+        work += max(latent_work(spec, layer, batch, held) for layer in layers)
     elif spec.group > 1:
         # Under a mask transformers repeats keys and values for the heads that share them.
         work += 2 * 2 * batch * held * spec.n_heads * spec.head_dim
@@ -82,32 +92,22 @@ def need(shape: Shape, backend: str, ctx: int, batch: int) -> Need:
     return Need(parts)
 
 
-def run_case(subject: Subject, backend: str, ctx: int, batch: int, *, checked: bool) -> Measured:
-    """Gate and time one side; ``subject`` is dense for ``static-graph``.
-
-    Args:
-        checked: whether this side has passed its gate at this context already.
-    """
+def run_case(subject: Subject, backend: str, ctx: int, batch: int) -> Measured:
+    """Gate and time one side; ``subject`` is dense for ``static-graph``."""
     device, dtype = subject.device, subject.base.dtype
     limit = LOGITS_LIMIT[dtype]
     side = _Compressed if backend == STARKV else _Static
-    error = None
     with torch.no_grad():
-        if not checked:
-            release(device)
-            error = side(subject, ctx, _GATE_ROWS, peaked=True).error()
-            found = fault(error, limit)
-            if found is not None:
-                return Measured(None, error, found)
         release(device)
-        made = side(subject, ctx, batch, peaked=False)
-        logits = made.logits()
+        made, rows = side(subject, ctx, batch), rows_checked(batch)
+        want = made.reference(rows)
+        release(device)
         with made.stepping() as (step, why_not):
-            tokens = step().clone()
-            found = token_fault(tokens, logits, limit)
+            tokens, logits = step()
+            error = relative_error(logits[rows], want)
+            found = fault(error, limit) or greedy_fault(tokens, logits)
             if found is not None:
                 return Measured(None, error, found)
-            del logits
             timing = measure_steps(step, device, graph=why_not is None)
         peak = peak_bytes(device)
     return Measured(timing, error, peak=peak, note=why_not and f"not captured: {why_not}")
@@ -120,8 +120,8 @@ def _first_tokens(subject: Subject, batch: int) -> Tensor:
     )
 
 
-def _randomise(caches: Any, peak: float) -> None:
-    """Fill the buffers of a cache's layers; ``peak`` scales the values.
+def _randomise(caches: Any, ctx: int) -> None:
+    """Fill the buffers of a cache's layers.
 
     Random values cancel out over a long context. Scaled by the root of its length they do not, so
     that a wrong attention shows in the logits.
@@ -129,47 +129,66 @@ def _randomise(caches: Any, peak: float) -> None:
     for i, layer in enumerate(caches.layers):
         generator = torch.Generator(layer.keys.device).manual_seed(i)
         layer.keys.normal_(generator=generator)
-        layer.values.normal_(generator=generator).mul_(peak)
+        layer.values.normal_(generator=generator).mul_(ctx**0.5)
+
+
+@contextmanager
+def _only(caches: Any, row: int) -> Iterator[None]:
+    """Within, a cache has one of its rows alone, and what is written goes there."""
+    whole = [(layer.keys, layer.values) for layer in caches.layers]
+    for layer, (keys, values) in zip(caches.layers, whole, strict=True):
+        layer.keys, layer.values = keys[row : row + 1], values[row : row + 1]
+    try:
+        yield
+    finally:
+        for layer, (keys, values) in zip(caches.layers, whole, strict=True):
+            layer.keys, layer.values = keys, values
+
+
+Step = Callable[[], tuple[Tensor, Tensor]]
+"""Runs a step: the tokens it picked ``[B]`` and the logits ``[B, V]`` they come from."""
 
 
 class _Compressed:
     """The compressed model on a reserved latent cache."""
 
-    def __init__(self, subject: Subject, ctx: int, batch: int, *, peaked: bool) -> None:
+    def __init__(self, subject: Subject, ctx: int, batch: int) -> None:
         self.subject, self.ctx = subject, ctx
         self.cache: LatentCache = subject.new_cache()
         self.cache.reserve(batch, tokens_held(ctx), subject.device)
-        _randomise(self.cache, ctx**0.5 if peaked else 1.0)
+        _randomise(self.cache, ctx)
         self.tokens = _first_tokens(subject, batch)
         self.cache.fill(ctx)
 
-    def logits(self) -> Tensor:
-        """``[B, V]`` of the first step, launched kernel by kernel; the cache stays as it was."""
-        return self._logits(self.subject)
+    def reference(self, rows: list[int]) -> Tensor:
+        """``[rows, V]``: logits of the first step by the reference backend.
 
-    def _logits(self, subject: Subject) -> Tensor:
-        with subject.active():
-            out = self._forward()
+        That backend itself is held to SDPA over rebuilt keys, which is what more tokens take: the
+        first of several sees what it would see alone. The cache stays as it was.
+        """
+        itself = self.subject.backend == "reference"
+        with replace(self.subject, backend="reference").active():
+            return torch.cat([self._row(row, _CHUNK if itself else 1) for row in rows])
+
+    def _row(self, row: int, count: int) -> Tensor:
+        with _only(self.cache, row):
+            out = self._forward(self.tokens[row].expand(1, count))[:, 0]
         self.cache.fill(self.ctx)
         return out
 
-    def error(self) -> float:
-        """Of the backend's logits against the reference's, on the same cache."""
-        reference = replace(self.subject, backend="reference")
-        return relative_error(self.logits(), self._logits(reference))
-
-    def _forward(self) -> Tensor:
-        past = self.cache.get_seq_length()
+    def _forward(self, tokens: Tensor) -> Tensor:
+        past, count = self.cache.get_seq_length(), tokens.shape[1]
+        places = torch.arange(past, past + count, device=tokens.device)
         return self.subject.model(
-            input_ids=self.tokens[:, None],
-            position_ids=torch.full_like(self.tokens, past)[:, None],
+            input_ids=tokens,
+            position_ids=places.expand_as(tokens),
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+            logits_to_keep=count,
+        ).logits
 
     @contextmanager
-    def stepping(self) -> Iterator[tuple[Callable[[], Tensor], str | None]]:
+    def stepping(self) -> Iterator[tuple[Step, str | None]]:
         """The step to time, and why it is not captured (None if it is)."""
         sampler = Sampler()
         generator = sampler.generator(self.tokens.device)
@@ -179,18 +198,21 @@ class _Compressed:
             except CaptureError as error:
                 yield self._step, str(error)
                 return
-            yield captured.replay, None
+            yield lambda: (captured.replay(), captured.logits), None
             captured.close()
 
-    def _step(self) -> Tensor:
-        self.tokens = self._forward().argmax(-1)
-        return self.tokens
+    def _step(self) -> tuple[Tensor, Tensor]:
+        logits = self._forward(self.tokens[:, None])[:, -1]
+        self.tokens = logits.argmax(-1)
+        return self.tokens, logits
 
 
 class _Static:
     """The dense model on transformers' static cache."""
 
-    def __init__(self, subject: Subject, ctx: int, batch: int, *, peaked: bool) -> None:
+    logits: Tensor
+
+    def __init__(self, subject: Subject, ctx: int, batch: int) -> None:
         from transformers import StaticCache
 
         spec, device = subject.spec, subject.device
@@ -201,7 +223,7 @@ class _Static:
         )
         for layer in self.cache.layers:
             layer.lazy_initialization(like, like)
-        _randomise(self.cache, ctx**0.5 if peaked else 1.0)
+        _randomise(self.cache, ctx)
         self.first = _first_tokens(subject, batch)
         self.tokens = self.first.clone()
         self.slots = torch.arange(room, device=device)
@@ -214,12 +236,12 @@ class _Static:
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self.ctx)
 
-    def _forward(self) -> Tensor:
-        batch = len(self.tokens)
+    def _forward(self, tokens: Tensor) -> Tensor:
+        batch = len(tokens)
         # Ready in the form the model wants it, as `generate` prepares it for a static cache.
         mask = (self.slots <= self.position)[None, None, None].expand(batch, 1, 1, -1)
         return self.model(
-            input_ids=self.tokens[:, None],
+            input_ids=tokens[:, None],
             attention_mask=mask,
             position_ids=self.position.expand(batch)[:, None],
             past_key_values=self.cache,
@@ -227,40 +249,36 @@ class _Static:
             logits_to_keep=1,
         ).logits[:, -1]
 
-    def _step(self) -> Tensor:
-        self.tokens.copy_(self._forward().argmax(-1))
+    def _step(self) -> None:
+        self.logits = self._forward(self.tokens)
+        self.tokens.copy_(self.logits.argmax(-1))
         self.position += 1
-        return self.tokens
 
-    def logits(self) -> Tensor:
-        """``[B, V]`` of the first step, launched kernel by kernel; the cache stays as it was."""
-        out = self._forward()
-        self._rewind()
-        return out
+    def reference(self, rows: list[int]) -> Tensor:
+        """``[rows, V]``: logits of the first step by SDPA's plain kernel.
 
-    def error(self) -> float:
-        """Of SDPA's own choice against its plain kernel, on the same cache."""
+        The cache stays as it was.
+        """
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        got = self.logits()
-        with sdpa_kernel(SDPBackend.MATH):
-            return relative_error(got, self.logits())
+        found = []
+        for row in rows:
+            with _only(self.cache, row), sdpa_kernel(SDPBackend.MATH):
+                found.append(self._forward(self.first[row : row + 1]))
+            self._rewind()
+        return torch.cat(found)
 
     @contextmanager
-    def stepping(self) -> Iterator[tuple[Callable[[], Tensor], str | None]]:
+    def stepping(self) -> Iterator[tuple[Step, str | None]]:
         """The step to time, and why it is not captured (None if it is)."""
-        device = self.tokens.device
-        if device.type != "cuda":
-            yield self._step, "CUDA graphs need a GPU"
-            return
+        run, why_not = self._step, None
         try:
-            graph = capture(self._step, device, reset=self._rewind)
+            run = capture(self._step, self.tokens.device, reset=self._rewind).replay
         except CaptureError as error:
-            yield self._step, str(error)
-            return
+            why_not = str(error)
 
-        def replay() -> Tensor:
-            graph.replay()
-            return self.tokens
+        def step() -> tuple[Tensor, Tensor]:
+            run()
+            return self.tokens, self.logits
 
-        yield replay, None
+        yield step, why_not

@@ -3,39 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from starkv_core.artifacts import read_manifest
 from starkv_core.bench.shapes import Shape, meta_model
 from starkv_core.factors import FoldedLayer
 from starkv_core.models.load import LoadedModel, prepare
 from starkv_core.rank_map import LayerRanks
-from starkv_core.run import Subject, deployed_subject, open_subject
+from starkv_core.run import (
+    FACTORS,
+    Subject,
+    dense_of,
+    deployed_subject,
+    open_subject,
+    read_folded,
+)
 
 STD = 0.02  # of the weights, as transformers starts these models
 
 
 def dense_subject(shape: Shape, dtype: torch.dtype, device: torch.device) -> Subject:
-    """The dense model of a named shape, with random weights."""
+    """The dense model: of a named shape with random weights, of a run the one it was made for."""
+    if shape.config is None:
+        name = str(dtype).removeprefix("torch.")
+        return dense_of(open_subject(shape.name, device=str(device), dtype=name))
     return Subject(_random_model(shape, dtype, device), store_dtype=dtype)
 
 
 def compressed_subject(shape: Shape, dense: Subject, backend: str) -> Subject:
-    """The compressed model on the weights of ``dense``, with random factors."""
-    layers = {
-        i: _random_layer(shape, ranks, i, dense.base.dtype, dense.device)
-        for i, ranks in enumerate(shape.ranks.layers)
-        if ranks is not None
-    }
-    made = deployed_subject(dense.base, shape.ranks, layers, store_dtype=dense.base.dtype)
+    """The compressed model on the weights of ``dense``, with the run's factors or random ones."""
+    if shape.config is None:
+        sha256 = read_manifest(shape.name)["files"][FACTORS]
+        layers = read_folded(Path(shape.name), shape.ranks, sha256)
+    else:
+        layers = {
+            i: _random_layer(shape, ranks, i, dense.base.dtype, dense.device)
+            for i, ranks in enumerate(shape.ranks.layers)
+            if ranks is not None
+        }
+    made = deployed_subject(dense.base, shape.ranks, layers, store_dtype=dense.store_dtype)
     return replace(made, backend=backend)
-
-
-def open_run(shape: Shape, dtype: torch.dtype, device: torch.device, backend: str) -> Subject:
-    """The model of a run."""
-    name = str(dtype).removeprefix("torch.")
-    return replace(open_subject(shape.name, device=str(device), dtype=name), backend=backend)
 
 
 def _random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> LoadedModel:

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from starkv_core.bench.shapes import key_layout
+from starkv_core.models.spec import ModelSpec
+from starkv_core.rank_map import LayerRanks
+from triton_ops.latent_attention import workspace_bytes
+
 _KEPT_FREE = 512 << 20  # for the driver, graphs and libraries
 
 
@@ -30,6 +35,24 @@ class Need:
             f"does not fit: {gib(self.total)} needed ({largest} {gib(self.parts[largest])}), "
             f"{gib(room)} there"
         )
+
+
+def latent_work(spec: ModelSpec, ranks: LayerRanks, batch: int, room: int) -> int:
+    """Bytes that latent attention of one new token allocates in a layer whose keys have a bias."""
+    return workspace_bytes(
+        key_layout(spec, ranks),
+        True,
+        sum(ranks.values),
+        batch=batch,
+        heads=spec.n_heads,
+        dim=spec.head_dim,
+        room=room,
+    )
+
+
+def slot_tables(spec: ModelSpec, room: int) -> int:
+    """Bytes of RoPE's cosines and sines by slot, float32."""
+    return 2 * 4 * spec.head_dim * room
 
 
 def gib(count: float) -> str:

@@ -21,6 +21,7 @@ KEYS: Final = (
     "run",
     "suite",
     "shape",
+    "rank_map",
     "ctx",
     "batch",
     "memory",
@@ -53,8 +54,12 @@ KEYS: Final = (
 """Keys of every record, in order; what does not apply is null.
 
 Times in milliseconds, ``bandwidth`` in bytes a second, ``removed`` the paper's rate (0 for dense
-caches), ``fault`` the reason where there is no time, ``memory`` the limit in bytes at equal memory.
+caches), ``fault`` the reason where there is no time, ``memory`` the limit in bytes at equal memory,
+``rank_map`` a hash of the ranks: maps of one shape and rate may differ.
 """
+
+_LATER: Final = ("rank_map",)
+"""Keys that records did not have at first; null where they lack."""
 
 OURS: Final = "starkv"
 BASELINES: Final = ("sdpa-default", "sdpa-flash", "rebuild", "static-graph")
@@ -91,12 +96,12 @@ def read_records(folder: Path) -> list[Record]:
         for number, line in enumerate(read_text(path).splitlines(), 1):
             try:
                 record = json.loads(line)
-                missing = [key for key in KEYS if key not in record]
+                missing = [key for key in KEYS if key not in record and key not in _LATER]
             except (json.JSONDecodeError, TypeError):
                 missing = ["JSON"]
             if missing:
                 raise UserError(f"{path}, line {number}: not a record (lacks {missing[0]})")
-            found.append(record)
+            found.append({key: record.get(key) for key in KEYS})
     return found
 
 

@@ -17,7 +17,7 @@ from starkv_core.models.load import inspect
 from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import LayerRanks, RankMap
 from starkv_core.run import is_run, read_ranks
-from triton_ops.latent_attention import row_width
+from triton_ops.latent_attention import KeyLayout, row_width
 
 FAR = 1 << 21  # positions of a random model: its speed does not depend on what it knows
 SMALL_HEADS, SMALL_DIM, SMALL_LAYERS = 4, 32, 2
@@ -73,6 +73,16 @@ class Shape:
                 value_up = spec.kv_width * row_width(sum(layer.values)) * 2
                 total += layer.total * spec.hidden + key_up + value_up
         return total
+
+
+def key_layout(spec: ModelSpec, ranks: LayerRanks) -> KeyLayout:
+    """Where the channels of a layer's key heads lie; heads of one group share theirs."""
+    groups = KeyLayout.side_by_side(ranks.keys)
+    each = spec.n_kv_heads // len(ranks.keys)
+    return KeyLayout(
+        tuple(r for r in groups.ranks for _ in range(each)),
+        tuple(s for s in groups.starts for _ in range(each)),
+    )
 
 
 def open_shape(name: str) -> Shape:

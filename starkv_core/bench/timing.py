@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from starkv_core.graphs import CaptureError, capture
+from triton_ops.backends import launching_on
 
 LEAST_RUNS, MOST_RUNS = 10, 100
 SECONDS = 0.5  # measured time of one backend in one case
@@ -81,24 +82,25 @@ def _timed(
             step()
             spent.append((time.perf_counter() - started) * 1e3)
         return summary(spent, graph)
-    step()
-    torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    step()
-    torch.cuda.synchronize(device)
-    seconds = max(time.perf_counter() - started, 1e-6)
-    runs = max(least, min(most, int(SECONDS / seconds)))
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if cold else None
-    marks = []
-    for _ in range(runs):
-        if flush is not None:
-            flush.zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    with launching_on(device):  # events are recorded on the current GPU
         step()
-        stop.record()
-        marks.append((start, stop))
-    torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds = max(time.perf_counter() - started, 1e-6)
+        runs = max(least, min(most, int(SECONDS / seconds)))
+        flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if cold else None
+        marks = []
+        for _ in range(runs):
+            if flush is not None:
+                flush.zero_()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            stop.record()
+            marks.append((start, stop))
+        torch.cuda.synchronize()
     return summary([start.elapsed_time(stop) for start, stop in marks], graph)
 
 
@@ -110,9 +112,11 @@ def summary(milliseconds: list[float], graph: bool) -> Timing:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second that memory really moves: ``b = 2 a`` over 2 GiB each, read and written.
+    """Bytes a second that memory really moves, by whichever is faster: reading alone or copying.
 
-    An elementwise kernel: a memcpy captured in a graph goes through another engine.
+    ``a.sum()`` and ``b = 2 a`` over 2 GiB each: a decode step reads, which is quicker than copying
+    where memory has to turn around. Kernels of torch: a memcpy captured in a graph goes through
+    another engine.
     """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -120,9 +124,10 @@ def bandwidth(device: torch.device) -> float:
     else:
         size = _CPU_STREAM_BYTES
     a = torch.ones(size // 4, dtype=torch.float32, device=device)
-    b = torch.empty_like(a)
-    taken = measure(lambda: torch.mul(a, 2, out=b), device, cold=False)
-    return 2 * a.numel() * 4 / (taken.p50 * 1e-3)
+    b, total = torch.empty_like(a), torch.empty((), device=device)
+    copied = measure(lambda: torch.mul(a, 2, out=b), device, cold=False)
+    read = measure(lambda: torch.sum(a, 0, out=total), device, cold=False)
+    return max(2 * a.nbytes / copied.p50, a.nbytes / read.p50) * 1e3
 
 
 def release(device: torch.device) -> None:

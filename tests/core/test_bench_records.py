@@ -25,6 +25,7 @@ from starkv_core.errors import UserError
 COMMON: dict[str, Any] = {
     "run": "20270101T000000Z-abcd",
     "shape": "llama-2-7b",
+    "rank_map": "0123abcd",
     "memory": None,
     "dtype": "float16",
     "bits": 16,
@@ -131,6 +132,15 @@ def test_lines_are_appended_whole(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="(?i)json"):
         append_records(path, [record("starkv", 1, float("nan"))])
     assert read_records(path.parent) == CURVE
+
+
+def test_records_from_before_rank_maps_were_named_are_read(tmp_path: Path) -> None:
+    old = [{key: value for key, value in r.items() if key != "rank_map"} for r in CURVE]
+    append_records(tmp_path / "a.jsonl", old)
+    assert read_records(tmp_path) == [{**r, "rank_map": None} for r in CURVE]
+    publish(tmp_path, [record("starkv", 4096, 0.1, run="20270102T000000Z-ffff")])
+    text = (tmp_path / "README.md").read_text()
+    assert "75.0% removed\n" in text and "75.0% removed, rank map 0123abcd\n" in text
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "3", '{"run": 1}'])

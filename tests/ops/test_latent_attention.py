@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import random
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal, localcontext
 from itertools import accumulate
@@ -13,10 +17,18 @@ import pytest
 import torch
 
 from tests.latent_case import Call, Case, draw, relative_error
-from tests.tolerances import FP16_OP, FP16_TABLE, FP32_TABLE, FP64_OP
-from triton_ops.backends import choose_backend
+from tests.tolerances import (
+    FP16_BAND_LARGE,
+    FP16_OP,
+    FP16_REBUILT_LARGE,
+    FP16_TABLE,
+    FP32_TABLE,
+    FP64_OP,
+)
+from triton_ops.backends import choose_backend, launching_on
 from triton_ops.latent_attention import KeyLayout, LatentFactors, RopeTables
 from triton_ops.latent_attention.layout import ALIGN, PIECE, PIECE_HEADS, two_powers
+from triton_ops.latent_attention.tuning import Tuning, splits_of, workspace_bytes
 
 # The interpreter computes both sides of a where: 1 / 0 for queries that attend to nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
@@ -69,7 +81,7 @@ def test_scores_of_rebuilt_keys(case: Case) -> None:
 @pytest.mark.parametrize("queries", [1, 2])
 def test_splits_of_the_sequence(queries: int, at_once: int, filled: int) -> None:
     """Programs that take several tiles; some splits are empty, or all are used."""
-    from triton_ops.latent_attention.launch import Tuning, latent_attention_triton
+    from triton_ops.latent_attention.launch import latent_attention_triton
 
     case = Case(2, 32, (9, 70), 21, filled, batch=2, queries=queries, bias=True, padded=True)
     call = draw(case, torch.float16, CPU, seed=3, room=1024)
@@ -89,12 +101,9 @@ def test_splits_of_the_sequence(queries: int, at_once: int, filled: int) -> None
     assert relative_error(got, call.exact()) < FP16_OP
 
 
-@needs_triton
 @pytest.mark.parametrize("tiles", [1, 7, 32, 256, 1024])
 @pytest.mark.parametrize("others", [1, 10, 160, 272, 3000])
 def test_splits_cover_the_sequence_and_fill_waves(tiles: int, others: int) -> None:
-    from triton_ops.latent_attention.launch import splits_of
-
     splits, per = splits_of(tiles, others, 264)
     assert (splits - 1) * per < tiles <= splits * per
     waves = -(-others * splits // 264)
@@ -104,14 +113,37 @@ def test_splits_cover_the_sequence_and_fill_waves(tiles: int, others: int) -> No
 
 
 @needs_triton
-@pytest.mark.parametrize("queries", [1, 3])
-def test_large_scores_keep_their_order(queries: int) -> None:
+@pytest.mark.parametrize(("queries", "bound"), [(1, FP16_BAND_LARGE), (3, FP16_REBUILT_LARGE)])
+def test_large_scores_keep_their_order(queries: int, bound: float) -> None:
     """Scores of hundreds: tiles differ by more than any exponent holds."""
     call = draw(Case(2, 64, (17, 9), 8, 300, queries=queries), torch.float16, CPU, seed=4)
     call = replace(call, q=call.q * 100)
     got = call.run("triton")
     assert bool(got.isfinite().all())
-    assert relative_error(got, call.exact()) < 100 * FP16_OP  # absolute errors of scores grow
+    assert relative_error(got, call.exact()) < bound
+
+
+@needs_triton
+@pytest.mark.parametrize("nats", [11.0, 17.5, 21.0])
+@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize("at", [3, 700])
+def test_what_lies_far_below_a_sink_is_kept(at: int, queries: int, nats: float) -> None:
+    """A sink of value 0: all of the output comes from slots ``nats`` below, in its tile and out."""
+    # One slow frequency pair carries the scores, so that RoPE leaves them as they are.
+    case = Case(1, 32, (1,), 8, 900, queries=queries, theta=1e15)
+    call = draw(case, torch.float16, CPU, seed=10)
+    call.factors.key_up.zero_()
+    call.factors.key_up[0, 15, 0] = 1.0
+    q = torch.zeros_like(call.q)
+    q[..., 15] = 32**0.5
+    call.keys[:, :900, 0] = 0.0
+    call.keys[:, at, 0] = nats
+    call.values[:, :900, :8] = 2.0**15 + 2.0**13 * call.values[:, :900, :8].clamp(-2, 2)
+    call.values[:, at] = 0.0
+    call = replace(call, q=q)
+    want = call.exact()
+    assert float(want.abs().max()) > 2.0**-10  # far from what fp16 cannot hold
+    assert relative_error(call.run("triton"), want) < FP16_OP
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
@@ -139,6 +171,46 @@ def test_nothing_to_attend_to_gives_zeros(backend: str) -> None:
     assert bool(got.isfinite().all())
     assert not got[1].any()  # padded to its end
     assert not got[0, :, 0].any() and got[0, :, 1:].any()  # the mask hides all of its first query
+
+
+@needs_triton
+@pytest.mark.parametrize("case", [*BAND.values(), *REBUILT.values()], ids=str)
+def test_memory_of_a_call_is_known_before(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton_ops.latent_attention.launch as launch
+
+    made: list[torch.Tensor] = []
+
+    class Recorder:
+        """torch, but for what it allocates; kernels are not run."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(torch, name)
+
+        def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+            made.append(torch.empty(*shape, dtype=dtype, device=device))
+            return made[-1]
+
+        def empty_like(self, other: torch.Tensor) -> torch.Tensor:
+            return self.empty(*other.shape, dtype=other.dtype, device=other.device)
+
+    class Kernels:
+        def __getattr__(self, name: str) -> object:
+            return defaultdict(lambda: lambda *args, **options: None)
+
+    monkeypatch.setattr(launch, "torch", Recorder())
+    monkeypatch.setattr(launch, "kernels", Kernels())
+    call = draw(case, torch.float16, CPU, seed=12, room=4096)
+    call.run("triton")
+    assert sum(t.nbytes for t in made) == workspace_bytes(
+        call.factors.layout,
+        case.bias,
+        case.value_rank,
+        batch=case.batch,
+        heads=case.heads,
+        dim=case.dim,
+        room=4096,
+        n_query=case.queries,
+    )
 
 
 # Tables.
@@ -191,6 +263,22 @@ def test_tables_of_slots_at_a_million_tokens() -> None:
             for half in (i, i + 4):
                 found = [float(cos[slot, half]), float(sin[slot, half])]
                 assert found == pytest.approx(want, abs=FP32_TABLE)
+
+
+def test_tables_that_growth_replaces_stay_while_they_are_held() -> None:
+    rope = RopeTables(Case(1, 8, (1,), 1, 1).inv_freq())
+
+    def made(tiles: int) -> list[weakref.ref[torch.Tensor]]:
+        tables = (*rope.slots(256 * tiles, CPU), *rope.band(128, tiles, CPU))
+        tables += rope.rebuilt(64, tiles, CPU)
+        return [weakref.ref(t if t._base is None else t._base) for t in tables]
+
+    small = made(2)
+    held = rope.held()
+    made(5)
+    assert all(t() is not None for t in small)
+    del held
+    assert not any(t() is not None for t in small)
 
 
 # Layout.
@@ -305,6 +393,46 @@ def test_backend_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_backend("cuda", torch.device("cuda"))
 
 
+def test_triton_launches_on_the_gpu_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        entered.append(wanted)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    second = torch.device("cuda:1")
+    with launching_on(second):
+        assert entered == [second]
+    with launching_on(CPU):
+        assert not entered
+
+
+@needs_triton
+def test_the_kernels_are_launched_under_that_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton_ops.latent_attention.launch as launch
+    import triton_ops.latent_attention.op as op
+
+    inside: list[torch.device] = []
+
+    @contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        inside.append(device)
+        yield
+        inside.pop()
+
+    def launched(q: torch.Tensor, *args: object) -> torch.Tensor:
+        assert inside == [q.device]
+        return q
+
+    monkeypatch.setattr(op, "launching_on", guard)
+    monkeypatch.setattr(launch, "latent_attention_triton", launched)
+    call = _call()
+    assert call.run("triton") is call.q and not inside
+
+
 def _call() -> Call:
     case = Case(4, 32, (5, 9), 11, 20, batch=2, bias=True, padded=True, holes=True)
     return draw(case, torch.float16, CPU, seed=8)
@@ -364,6 +492,48 @@ def test_masks_are_true_or_false() -> None:
     for backend in ("reference", "triton"):
         with pytest.raises(ValueError, match="mask torch.float32, expected torch.bool"):
             replace(call, mask=call.mask.float()).run(backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_slots_beyond_a_mask_are_hidden(backend: str) -> None:
+    call = draw(Case(2, 32, (9, 4), 8, 300, queries=2, holes=True), torch.float16, CPU, seed=11)
+    assert call.mask is not None
+    hidden = call.mask.clone()
+    hidden[..., 270:] = False
+    want = replace(call, mask=hidden)
+    # What follows in memory is all True.
+    around = torch.ones(*call.mask.shape[:3], 900, dtype=torch.bool)
+    around[..., :270] = call.mask[..., :270]
+    short = replace(call, mask=around[..., :270])
+    assert torch.equal(short.run(backend), want.run(backend))
+    assert relative_error(short.run(backend), want.exact()) < FP16_OP
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_keys_of_hidden_slots_may_be_anything(queries: int, backend: str) -> None:
+    case = Case(2, 32, (9, 4), 8, 300, 2, queries, bias=True, padded=True, holes=True)
+    call = draw(case, torch.float16, CPU, seed=13)
+    assert call.mask is not None and call.first is not None
+    want = call.exact()
+    before = torch.arange(call.keys.shape[1]) < call.first[:, None]
+    before[:, :300] |= ~call.mask.any(2)[:, 0]
+    call.keys[before] = float("nan")
+    assert relative_error(call.run(backend), want) < FP16_OP
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_tables_are_of_the_heads_dimension(backend: str) -> None:
+    call = _call()
+    wrong = replace(call, case=replace(call.case, dim=64))
+    with pytest.raises(ValueError, match="head dimension 32, the tables have 64"):
+        wrong.run(backend)
+
+
+def test_the_kernels_take_16_bits() -> None:
+    call = draw(_call().case, torch.float32, CPU, seed=8)
+    with pytest.raises(ValueError, match=r"key_latents torch.float32, the triton backend takes 16"):
+        call.run("triton")
 
 
 @needs_triton

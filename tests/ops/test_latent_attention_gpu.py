@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from starkv_core.graphs import capture
 from tests.latent_case import Case, draw, relative_error
 from tests.tolerances import BF16_OP, FP16_OP
 
@@ -72,6 +73,21 @@ def test_layers(layer: Case, filled: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("layer", [LLAMA_2_7B, LLAMA_3_1_8B], ids=["llama-2-7b", "llama-3.1-8b"])
 def test_layers_at_128k(layer: Case, dtype: torch.dtype) -> None:
     check(replace(layer, filled=131072), dtype, 131072 + ROOM)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_current_one() -> None:
+    case, dtype = OTHERS["yarn"][1], torch.float16
+    second = torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    call = draw(case, dtype, second, 5)
+    assert relative_error(call.run("triton"), call.exact()) < FP16_OP
+    kept: list[torch.Tensor] = []
+    graph = capture(lambda: kept.append(call.run("triton")), second)
+    graph.replay()
+    torch.cuda.synchronize(second)
+    assert relative_error(kept[-1], call.exact()) < FP16_OP
+    assert torch.cuda.current_device() == 0
 
 
 def test_sixteen_tokens_at_once() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
@@ -161,6 +163,29 @@ def test_queries_and_latents(case: Case, backend: str) -> None:
 def test_reference_in_bfloat16(case: Case) -> None:
     call = draw(case)
     call.check(call.run("reference"))
+
+
+@needs_triton
+def test_the_kernel_is_launched_on_the_gpu_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton_ops.rope_append import kernels, op
+
+    inside: list[torch.device] = []
+
+    @contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        inside.append(device)
+        yield
+        inside.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            assert inside == [torch.device("cpu")]
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(op, "launching_on", guard)
+    monkeypatch.setattr(kernels, "rope_append", Kernel())
+    draw(CASES["one"]).run("triton")
+    assert not inside
 
 
 @needs_triton

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from triton_ops.coded_attention.ptx import plane_levels
+from triton_ops.latent_attention.kernels import LIFT
 
 
 @triton.jit
@@ -386,6 +387,7 @@ def exact_scores(
     window,
     mask_batch,
     mask_query,
+    mask_slots,
     HALF: tl.constexpr,
     HALF_P: tl.constexpr,
     K: tl.constexpr,
@@ -444,10 +446,10 @@ def exact_scores(
     seen &= (held & (slot >= tl.load(first_ptr + row)))[:, None]
     if MASK:
         m_at = mask_ptr + row * mask_batch + query[None, :] * mask_query + slot[:, None]
-        seen &= tl.load(m_at, mask=seen, other=0) != 0
+        seen = tl.load(m_at, mask=seen & (slot < mask_slots)[:, None], other=0) != 0
     scores = tl.where(seen, scores * (scale * unit), float("-inf"))
     top = tl.max(scores, 0)
-    p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[None, :])
+    p = tl.exp2(scores - (tl.where(top == float("-inf"), 0.0, top) - LIFT)[None, :])
     own = row * all_columns + head * columns + col
     p_at = p_ptr + own[None, :] * p_room + entry[:, None]
     tl.store(p_at, p.to(tl.float16), mask=live[None, :])
@@ -557,6 +559,8 @@ def mix_plane(
             p = _weighted(p_base + slot + 32, here[:, None], weight, g_at + n * 64 + 32, SCALED)
             mixed = tl.dot(x_1, tl.trans(p), mixed)
     step_of = tl.load(step_ptr + channel, mask=channel < channels, other=0.0) * 2**LOW
+    if SCALED:
+        step_of *= 2.0**LIFT
     mixed = tl.trans(mixed * step_of[:, None])
     at = (row * all_splits + first_split + split) * columns + cols
     m_at = mixed_ptr + at.to(tl.int64)[:, None] * room + channel[None, :]
@@ -569,6 +573,6 @@ def mix_plane(
 @triton.jit
 def _weighted(p_at, live, weight, g_at, SCALED: tl.constexpr):
     p = tl.load(p_at, mask=live, other=0.0) * weight[:, None]
-    if SCALED:
-        p *= tl.load(g_at).to(tl.float32)[None, :]
+    if SCALED:  # a scale may be large: p then comes without its lift, see mix_plane's end
+        p *= (tl.load(g_at).to(tl.float32) * 2.0**-LIFT)[None, :]
     return p.to(tl.float16)

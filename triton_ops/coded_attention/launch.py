@@ -12,23 +12,17 @@ from triton_ops.coded_attention.op import Coded
 from triton_ops.coded_attention.ptx import levels
 from triton_ops.coded_attention.tables import BandTable, CodedFactors, Span
 from triton_ops.latent_attention import kernels as common
-from triton_ops.latent_attention.launch import (
-    LOG2_E,
-    SOFTMAX_COLUMNS,
-    expanded,
-    options_for,
-    processors_of,
-    splits_of,
-)
+from triton_ops.latent_attention.launch import LOG2_E, SOFTMAX_COLUMNS, expanded, options_for
 from triton_ops.latent_attention.layout import ALIGN, NARROW, PIECE, PIECE_HEADS, power
 from triton_ops.latent_attention.rope import RopeTables
+from triton_ops.latent_attention.tuning import processors_of, splits_of
 from triton_ops.latent_codes import TILE
 
 PART = 128  # slots of a step of the kernels over codes
 EXACT = 64  # rows of a tile that are not coded
 _SOFTMAX = {"T": 256, "num_warps": 4}
 _EXPAND = {"N": 32, "K": 256, "STAGES": 3, "num_warps": 4}
-_MIX_EXACT = {"T": EXACT, "N": 128, "TRANSPOSED": 1, "STAGES": 2, "num_warps": 4}
+_MIX_EXACT = {"T": EXACT, "N": 128, "STAGES": 2, "num_warps": 4}
 
 
 @dataclass(frozen=True)
@@ -154,7 +148,7 @@ def coded_attention_triton(
     p = torch.empty(batch, all_columns, room, dtype=torch.float16, device=device)
     top = torch.empty(batch, all_columns, n_tiles, dtype=torch.float32, device=device)
     mass = torch.empty_like(top)
-    of_mask = (0, 0) if mask is None else mask.stride()[:2]
+    of_mask = (0, 0, 0) if mask is None else (*mask.stride()[:2], mask.shape[-1])
     common.tile_softmax[(-(-all_columns // SOFTMAX_COLUMNS), room // tile, batch)](
         segment_of,
         scores,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from triton_ops.backends import launching_on
 from triton_ops.coded_attention.tables import CodedFactors
 from triton_ops.latent_attention import KeyLayout, LatentFactors, latent_attention, row_width
 from triton_ops.latent_attention.rope import RopeTables
@@ -73,9 +74,10 @@ def coded_attention(
             mask = mask[:, 0] if mask.stride(-1) == 1 else mask[:, 0].contiguous()
         if first is None:
             first = torch.zeros(len(q), dtype=torch.int32, device=q.device)
-        return coded_attention_triton(
-            q, keys, values, factors, rope, filled, coded, first, mask, scale, Tuning()
-        )
+        with launching_on(q.device):
+            return coded_attention_triton(
+                q, keys, values, factors, rope, filled, coded, first, mask, scale, Tuning()
+            )
     length, until = int(filled), int(coded)
     codes = factors.codes
     x = _read(keys, codes.keys, length, until, codes.sinks, codes.window)

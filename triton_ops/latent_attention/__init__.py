@@ -5,6 +5,7 @@ from triton_ops.latent_attention.layout import KeyLayout, row_width
 from triton_ops.latent_attention.op import SLOTS, latent_attention
 from triton_ops.latent_attention.reference import expand_heads, rotate
 from triton_ops.latent_attention.rope import RopeTables, by_slot
+from triton_ops.latent_attention.tuning import workspace_bytes
 
 __all__ = [
     "SLOTS",
@@ -16,4 +17,5 @@ __all__ = [
     "latent_attention",
     "rotate",
     "row_width",
+    "workspace_bytes",
 ]

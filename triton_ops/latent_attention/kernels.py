@@ -1,7 +1,7 @@
 """Triton kernels of latent attention; :mod:`.launch` calls them, docs/kernels.md explains them.
 
 Scores are made by :func:`band_scores` or :func:`rebuilt_scores`. A tile of them at a time,
-:func:`tile_softmax` leaves ``p = exp2(score - top)`` in fp16,
+:func:`tile_softmax` leaves ``p = exp2(score - top + LIFT)`` in fp16,
 ``top`` and ``mass = sum p`` per query; :func:`tile_weights` turns the tops into weights of tiles,
 :func:`mix_values` sums ``weight * p * z`` over splits of the sequence, :func:`sum_splits` adds the
 splits up and :func:`expand_values` applies U. Offsets that grow with the context are 64-bit. A
@@ -12,6 +12,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# p is at most 2^LIFT: times a tile's weight it stays in fp16 down to 2^-(24 + LIFT) of the largest,
+# 27 nats, where p up to 1 would lose what lies 17 below a sink. Dividing by the mass, which has the
+# same factor, takes it out again. Sums are float32.
+LIFT = tl.constexpr(15.0)
 
 
 @triton.jit
@@ -134,6 +139,7 @@ def tile_softmax(
     mass_ptr,
     mask_batch,
     mask_query,
+    mask_slots,  # that the mask has; those beyond are hidden
     p_room,
     n_tiles,
     segments,
@@ -162,7 +168,8 @@ def tile_softmax(
         seen = (slots[None, :] < limit[:, None]) & here & live[:, None]
         if MASK:
             m_at = mask_ptr + row * mask_batch + (cols % n_query)[:, None] * mask_query
-            seen &= tl.load(m_at + slots[None, :], mask=seen, other=0) != 0
+            told = seen & (slots < mask_slots)[None, :]
+            seen = tl.load(m_at + slots[None, :], mask=told, other=0) != 0
         # Unmasked along the slots, which would make the loads narrow: what is unseen is dropped.
         if MOST == 1:
             at = scores_ptr + (row * all_columns + cols)[:, None] * p_room + slots[None, :]
@@ -178,7 +185,7 @@ def tile_softmax(
                 scores += tl.load(at, mask=(piece < many)[:, None], other=0.0)
         scores = tl.where(seen, scores, float("-inf"))
         top = tl.max(scores, 1)
-        p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
+        p = tl.exp2(scores - (tl.where(top == float("-inf"), 0.0, top) - LIFT)[:, None])
         p_at = p_ptr + (row * all_columns + cols).to(tl.int64)[:, None] * p_room + slots[None, :]
         tl.store(p_at, p.to(tl.float16), mask=live[:, None])
         at = (row * all_columns + cols) * n_tiles + tile
@@ -300,7 +307,7 @@ def tile_weights(
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Weights of tiles relative to the largest score, and the softmax's denominator."""
+    """Weights of tiles relative to the largest score, and the denominator, times 2^LIFT as p is."""
     row = tl.program_id(0).to(tl.int64)
     used = before + tl.cdiv(tl.load(end_ptr), T)
     lane = tl.arange(0, BLOCK)
@@ -341,7 +348,6 @@ def mix_values(
     T: tl.constexpr,
     N: tl.constexpr,
     COLS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """``sum_t weight * p * z_t`` over one split of the sequence, for a block of channels."""
@@ -360,10 +366,7 @@ def mix_values(
     w_base = weight_ptr + (row * columns + cols) * n_tiles
     z_base = z_ptr + row * z_batch + channel[None, :]
     j = tl.arange(0, T)
-    if TRANSPOSED:
-        mixed = tl.zeros([N, COLS], tl.float32)
-    else:
-        mixed = tl.zeros([COLS, N], tl.float32)
+    mixed = tl.zeros([N, COLS], tl.float32)
     last = tl.minimum(tl.cdiv(filled, T), (split + 1) * per_program)
     for tile in tl.range(split * per_program, last, num_stages=STAGES):
         slots = tile * T + j
@@ -375,15 +378,10 @@ def mix_values(
         p = tl.load(p_base + slots[None, :], mask=live[:, None], other=0.0)
         weight = tl.load(w_base + tile * T // SCORE_TILE, mask=live, other=0.0)
         p = (p * weight[:, None]).to(dtype)
-        if TRANSPOSED:
-            mixed = tl.dot(tl.trans(z), tl.trans(p), mixed)
-        else:
-            mixed = tl.dot(p, z, mixed)
-    if TRANSPOSED:
-        mixed = tl.trans(mixed)
-    at = ((row * all_splits + split) * columns + cols).to(tl.int64)[:, None] * room + channel[
-        None, :
-    ]
+        mixed = tl.dot(tl.trans(z), tl.trans(p), mixed)
+    mixed = tl.trans(mixed)
+    line = (row * all_splits + split) * columns + cols
+    at = line.to(tl.int64)[:, None] * room + channel[None, :]
     tl.store(mixed_ptr + at, mixed, mask=live[:, None] & (channel < room)[None, :])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 
@@ -11,40 +10,15 @@ from triton_ops.latent_attention import kernels
 from triton_ops.latent_attention.factors import LatentFactors
 from triton_ops.latent_attention.layout import ALIGN, NARROW, PIECE, PIECE_HEADS, power
 from triton_ops.latent_attention.rope import RopeTables
+from triton_ops.latent_attention.tuning import (
+    Tuning,
+    mix_splits,
+    processors_of,
+    splits_of,
+)
 
 LOG2_E = 1.4426950408889634
-_MOST_SPLITS = 64
 SOFTMAX_COLUMNS = 16  # columns of one program of the softmax
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Tile sizes of the kernels; the defaults are the best measured on an H200.
-
-    Attributes:
-        band, softmax, rebuilt, mix, expand: keyword arguments of a launch, Triton's own included.
-        band_programs, rebuilt_programs, mix_programs: that one multiprocessor runs at once; how
-            often the sequence is split follows from it.
-        processors: multiprocessors; None asks the device.
-    """
-
-    band: Mapping[str, int] = field(
-        default_factory=lambda: {"T": 128, "STAGES": 3, "num_warps": 4, "maxnreg": 168}
-    )
-    softmax: Mapping[str, int] = field(default_factory=lambda: {"T": 256, "num_warps": 4})
-    rebuilt: Mapping[str, int] = field(
-        default_factory=lambda: {"T": 64, "STAGES": 3, "num_warps": 4, "maxnreg": 128}
-    )
-    mix: Mapping[str, int] = field(
-        default_factory=lambda: {"T": 128, "N": 128, "TRANSPOSED": 1, "STAGES": 3, "num_warps": 4}
-    )
-    expand: Mapping[str, int] = field(
-        default_factory=lambda: {"N": 32, "K": 256, "STAGES": 3, "num_warps": 4}
-    )
-    band_programs: int = 3
-    rebuilt_programs: int = 4
-    mix_programs: int = 1
-    processors: int | None = None
 
 
 def latent_attention_triton(
@@ -66,7 +40,7 @@ def latent_attention_triton(
         x, z: ``[B, S, *]`` with rows that begin on 16 bytes; only ``filled`` slots are read.
         filled: int32 ``[1]``, on the device: slots filled, the new tokens included.
         first: int32 ``[B]``: the first slot of each row.
-        mask: bool ``[B, Q, S]`` or None, on top of causality and ``first``.
+        mask: bool ``[B, Q, S']`` or None, on top of causality and ``first``; hides slots from S'.
         tuning: tile sizes.
 
     Returns:
@@ -162,6 +136,7 @@ def latent_attention_triton(
         mass,
         0 if mask is None else mask.stride(0),
         0 if mask is None else mask.stride(1),
+        0 if mask is None else mask.shape[-1],
         room,
         n_tiles,
         segments,
@@ -180,10 +155,7 @@ def latent_attention_triton(
     )
     mix = tuning.mix
     value_room = factors.padded_value_up.shape[-1]
-    width = min(64, power(all_columns))
-    parts = -(-value_room // mix["N"]) * -(-all_columns // width)
-    n_value_tiles = -(-room // mix["T"])
-    splits, per = splits_of(n_value_tiles, parts * batch, processors * tuning.mix_programs)
+    width, parts, splits, per = mix_splits(tuning, batch, all_columns, value_room, room, processors)
     mixed = torch.empty(batch, splits, all_columns, value_room, dtype=torch.float32, device=device)
     kernels.mix_values[(parts, splits, batch)](
         p,
@@ -256,27 +228,3 @@ def expanded(
 def options_for(options: Mapping[str, int], limited: bool) -> Mapping[str, int]:
     """Of a launch; a limit on registers is for the tiles it was measured with, wider ones spill."""
     return options if limited else {k: v for k, v in options.items() if k != "maxnreg"}
-
-
-def processors_of(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132  # interpreted: as on an H200, so that the sequence is split as there
-
-
-def splits_of(tiles: int, others: int, at_once: int) -> tuple[int, int]:
-    """Splits of a sequence of ``tiles`` that end soonest, and tiles of each.
-
-    Args:
-        others: programs for each split.
-        at_once: programs that run at once.
-    """
-
-    def length(splits: int) -> int:
-        per = -(-tiles // splits)
-        waves = -(-others * -(-tiles // per) // at_once)
-        return waves * (per + 1)  # starting a program takes about as long as a tile
-
-    wanted = min(range(1, min(tiles, _MOST_SPLITS) + 1), key=length)
-    per = -(-tiles // wanted)
-    return -(-tiles // per), per

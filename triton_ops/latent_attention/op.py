@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from triton_ops.backends import launching_on
 from triton_ops.latent_attention.factors import LatentFactors
 from triton_ops.latent_attention.layout import row_width
 from triton_ops.latent_attention.reference import latent_attention_reference
 from triton_ops.latent_attention.rope import RopeTables
+from triton_ops.latent_attention.tuning import Tuning
 
 REFERENCE_TILE = 1024  # tokens whose keys the reference rebuilds at once
 SLOTS = 256  # the kernels take buffers of a multiple of so many slots
@@ -41,11 +43,13 @@ def latent_attention(
         rope: tables of the model.
         filled: int32 ``[1]``, slots filled, the Q tokens included; at most S.
         scale: factor on the scores.
-        first: int32 ``[B]``, the first slot of each row (left padding); None is 0.
-        mask: bool ``[B, 1, Q, S']``, True where a token may attend, on top of the above; S' is at
-            least ``filled``.
+        first: int32 ``[B]``, the first slot of each row (left padding); None is 0, and Triton then
+            makes the zeros.
+        mask: bool ``[B, 1, Q, S']``, True where a token may attend, on top of the above; slots
+            from S' on are hidden.
         backend: ``reference`` or ``triton`` (see :func:`triton_ops.backends.choose_backend`).
-            Triton takes S in multiples of 256, rows without gaps, latents and factors of one dtype.
+            Triton takes S in multiples of 256, rows without gaps, latents and factors of one 16-bit
+            dtype.
 
     Returns:
         ``[B, H, Q, D]`` in the dtype of q; zeros for tokens that may attend to nothing.
@@ -74,6 +78,8 @@ def latent_attention(
     ]
     if heads % kv_heads:
         wrong.append(f"{heads} query heads do not divide among {kv_heads} key heads")
+    if dim != rope.dim:
+        wrong.append(f"head dimension {dim}, the tables have {rope.dim}")
     if mask is not None and mask.dtype != torch.bool:
         wrong.append(f"mask {mask.dtype}, expected torch.bool")
     if backend == "triton":
@@ -82,24 +88,25 @@ def latent_attention(
         raise ValueError("latent_attention: " + "; ".join(wrong))
     if backend == "triton":
         # Imported here: where Triton is missing the reference still runs.
-        from triton_ops.latent_attention.launch import Tuning, latent_attention_triton
+        from triton_ops.latent_attention.launch import latent_attention_triton
 
         if mask is not None:
             mask = mask[:, 0] if mask.stride(-1) == 1 else mask[:, 0].contiguous()
         if first is None:
             first = torch.zeros(batch, dtype=torch.int32, device=q.device)
-        return latent_attention_triton(
-            q,
-            key_latents,
-            value_latents,
-            factors,
-            rope,
-            filled,
-            first,
-            mask,
-            scale,
-            Tuning(),
-        )
+        with launching_on(q.device):
+            return latent_attention_triton(
+                q,
+                key_latents,
+                value_latents,
+                factors,
+                rope,
+                filled,
+                first,
+                mask,
+                scale,
+                Tuning(),
+            )
     length = int(filled)
     slot = torch.arange(length, device=q.device)
     allowed = slot < (length - n_query + 1 + torch.arange(n_query, device=q.device))[:, None]
@@ -107,7 +114,8 @@ def latent_attention(
     if first is not None:
         allowed = allowed & (slot >= first[:, None, None, None])
     if mask is not None:
-        allowed = allowed & mask[..., :length]
+        beyond = max(0, length - mask.shape[-1])
+        allowed = allowed & torch.nn.functional.pad(mask[..., :length], (0, beyond))
     cos, sin = rope.slots(length, q.device)
     return latent_attention_reference(
         q,
@@ -131,6 +139,8 @@ def _kernel_faults(
     """What the kernels cannot read, beyond wrong shapes."""
     wrong = []
     room, dtype = key_latents.shape[1], key_latents.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        wrong.append(f"key_latents {dtype}, the triton backend takes 16 bits")
     if room % SLOTS:
         wrong.append(f"{room} slots, the triton backend takes a multiple of {SLOTS}")
     for name, rows in (("key_latents", key_latents), ("value_latents", value_latents)):

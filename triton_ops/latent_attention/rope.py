@@ -41,6 +41,16 @@ class RopeTables:
         self._by_slot: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._by_tile: dict[tuple[str, int, torch.device], Four] = {}
 
+    @property
+    def dim(self) -> int:
+        """D."""
+        return 2 * len(self._inv_freq)
+
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """All tables there are now. Growth replaces them: who reads old ones later keeps these."""
+        fours = (t for four in self._by_tile.values() for t in four)
+        return (*(t for two in self._by_slot.values() for t in two), *fours)
+
     @torch.inference_mode(False)  # what is kept must serve training too
     def slots(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Float32 cos and sin ``[length, D]`` for slots 0 to ``length - 1``, halves equal."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from triton_ops.backends import launching_on
 from triton_ops.rope_append.reference import rope_append_reference
 
 _PROGRAM = 1024  # numbers of one program: a few for every thread, and programs enough at batch 1
@@ -78,33 +79,34 @@ def rope_append(
     half_p = triton.next_power_of_2(dim // 2)
     at_once = max(1, _PROGRAM // half_p)
     parts = -(-heads // at_once) + -(-key_width // _PROGRAM) + -(-value_width // _PROGRAM)
-    kernels.rope_append[(batch * n_new, parts)](
-        q,
-        keys,
-        values,
-        key_latents,
-        value_latents,
-        cos,
-        sin,
-        filled,
-        turned,
-        *q.stride()[:3],
-        *keys.stride()[:2],
-        *values.stride()[:2],
-        *key_latents.stride()[:2],
-        *value_latents.stride()[:2],
-        heads,
-        n_new,
-        key_width,
-        value_width,
-        HALF=dim // 2,
-        HALF_P=half_p,
-        HEADS=at_once,
-        N=_PROGRAM,
-        num_warps=4,
-        # Rounded after each product, as the reference is: the two agree bit for bit.
-        enable_fp_fusion=False,
-    )
+    with launching_on(q.device):
+        kernels.rope_append[(batch * n_new, parts)](
+            q,
+            keys,
+            values,
+            key_latents,
+            value_latents,
+            cos,
+            sin,
+            filled,
+            turned,
+            *q.stride()[:3],
+            *keys.stride()[:2],
+            *values.stride()[:2],
+            *key_latents.stride()[:2],
+            *value_latents.stride()[:2],
+            heads,
+            n_new,
+            key_width,
+            value_width,
+            HALF=dim // 2,
+            HALF_P=half_p,
+            HEADS=at_once,
+            N=_PROGRAM,
+            num_warps=4,
+            # Rounded after each product, as the reference is: the two agree bit for bit.
+            enable_fp_fusion=False,
+        )
     return turned
 
 
