@@ -189,10 +189,11 @@ def test_a_captured_step_keeps_the_tables_it_reads(monkeypatch: pytest.MonkeyPat
 def test_replays_give_the_tokens_of_single_steps(
     skip: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The embedded model, ragged rows, 256 tokens: captured against uncaptured.
+    """The embedded model, ragged rows, 256 tokens: captured, uncaptured, the reference backend.
 
-    A dense layer's SDPA runs over all slots under a mask when captured: equal up to rounding only,
-    so there each token is held to the logits of a forward of the whole text.
+    They may part only where the two best tokens lie within rounding of each other. All tokens are
+    held to the logits of a forward of the whole text as well; so alone where a layer is dense,
+    whose SDPA runs over all slots under a mask when captured.
     """
     loaded = load(None, device="cuda", dtype="float16")
     start = {"slack": 0, "skip_layers": skip}
@@ -208,25 +209,30 @@ def test_replays_give_the_tokens_of_single_steps(
 
     captured = run(subject)
     assert captured.shape == (3, 256)
+    ids = torch.cat((prompt, captured.cpu()), 1).to("cuda")
+    whole = torch.ones_like(ids)
+    whole[1, :20] = 0
+    with subject.active(), torch.no_grad():
+        logits = subject.model(input_ids=ids[:, :-1], attention_mask=whole[:, :-1]).logits
+    logits = logits[:, prompt.shape[1] - 1 :].double()
+    spread = logits.std(-1)
+    chosen = logits.gather(-1, captured.to("cuda")[..., None])[..., 0]
+    assert float(((logits.amax(-1) - chosen) / spread).max()) < NEAR_TIE
     if skip:
-        ids = torch.cat((prompt, captured.cpu()), 1).to("cuda")
-        whole = torch.ones_like(ids)
-        whole[1, :20] = 0
-        with subject.active(), torch.no_grad():
-            logits = subject.model(input_ids=ids[:, :-1], attention_mask=whole[:, :-1]).logits
-        logits = logits[:, prompt.shape[1] - 1 :].double()
-        chosen = logits.gather(-1, captured.to("cuda")[..., None])[..., 0]
-        live = (captured == loaded.tokenizer.eos_token_id).cumsum(1).to("cuda") <= 1
-        behind = (logits.amax(-1) - chosen) / logits.std(-1)
-        assert float(behind[live].max()) < NEAR_TIE
         return
+    best = logits.topk(2).values
+    tie = ((best[..., 0] - best[..., 1]) / spread < NEAR_TIE).cpu()
+    assert float(tie.float().mean()) < 0.05
 
     def refused(*args: object) -> CapturedStep:
         raise CaptureError("this test takes single steps")
 
     monkeypatch.setattr("starkv_core.engine.CapturedStep", refused)
-    assert torch.equal(captured, run(subject))
-    assert torch.equal(captured, run(replace(subject, backend="reference")))
+    for other in (run(subject), run(replace(subject, backend="reference"))):
+        differs = captured.cpu() != other.cpu()
+        for row in range(3):
+            if differs[row].any():
+                assert tie[row, int(differs[row].int().argmax())]  # the first that differs
 
 
 @pytest.mark.gpu

@@ -199,7 +199,7 @@ def coded_band_scores(
     s_col = scores_ptr + (row * segments + segment)[None, :] * p_room
     g_col = scale_ptr + row * scale_batch + tl.load(group_ptr + piece * COLS + col)[None, :] * 512
     live = (segment >= 0)[None, :]
-    sums: tl.constexpr = tl.float16 if HALF_P > 32 else tl.float32
+    sums: tl.constexpr = tl.float16 if HALF_P == 64 else tl.float32
     first = (split * per_program).to(tl.int64)
     parts = tl.minimum(tl.cdiv(coded, 128), first + per_program) - first
     for step in tl.range(0, parts, num_stages=STAGES):

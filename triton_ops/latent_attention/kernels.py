@@ -94,7 +94,7 @@ def band_scores(
     cos = tl.load(cos_ptr + j[:, None] * HALF_P + freq[None, :])
     sin = tl.load(sin_ptr + j[:, None] * HALF_P + freq[None, :])
     # In fp16 where tables are wide: half the registers, so that three programs run at once.
-    sums: tl.constexpr = tl.float16 if HALF_P > 32 else tl.float32
+    sums: tl.constexpr = tl.float16 if HALF_P == 64 else tl.float32
     stored = (start + lane < x_row)[None, :]  # groups of 8, so that loads stay 16 bytes wide
     x_base = x_ptr + row * x_batch + start
     x_after_lane = (T // 2 + j)[:, None] * x_row + lane[None, :]
