@@ -71,6 +71,16 @@ def described(subject: Subject) -> dict[str, Any]:
     }
 
 
+def method_of(subject: Subject, name: str) -> str:
+    """Curve of the figure: scheme and factors of a run, or the baseline."""
+    if not subject.codes:
+        return name.split("-")[0]
+    made = described(subject)
+    base, recovered = made["base"], made["base"]["recovery_steps"]
+    factors = f"{base['method']} factors, {base['steps']} steps"
+    return f"{made['scheme']['name']} on {factors}" + (f" + {recovered}" if recovered else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="+")
@@ -101,6 +111,7 @@ def main() -> None:
         cache = held(subject, windows)
         record = {
             "name": name,
+            "method": method_of(subject, name),
             "ratio": cache.ratio,
             "bytes_per_token": cache.per_token,
             "context": cache.tokens,
@@ -118,7 +129,7 @@ def main() -> None:
             "command": shlex.join(["python", *sys.argv]),
             "commit": git_commit(),
             "versions": versions(),
-            "hardware": hardware(),
+            "hardware": {k: hardware()[k] for k in ("cores", "gpus")},
         }
         sys.stdout.write(json.dumps(record) + "\n")
         sys.stdout.flush()
