@@ -107,6 +107,8 @@ class DataSection:
     field: field of .jsonl, .parquet and hub data sets that holds the text.
     length: tokens per sequence.
     sequences: sequences to train on, in turn, again and again; 0 is as many as the steps take.
+    recall: share of the sequences in which passages come back later, for a text that does not ask
+        for recall itself.
     """
 
     source: str = "builtin"
@@ -115,6 +117,7 @@ class DataSection:
     field: str = "text"
     length: int = dataclasses.field(default=1024, metadata={"range": _Range(2)})
     sequences: int = dataclasses.field(default=0, metadata=_NOT_NEGATIVE)
+    recall: float = dataclasses.field(default=0.0, metadata=_FRACTION)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from starkv_core.calibrate.start import build_start, gate_settings, group_sizes
 from starkv_core.calibrate.state import load_start, load_state, save_start, save_state
 from starkv_core.calibrate.student import Student, checkpointed
 from starkv_core.data.corpus import check_source, documents
-from starkv_core.data.packing import pack
+from starkv_core.data.packing import pack, plant
 from starkv_core.errors import RunFailure, UserError
 from starkv_core.factors import TrainedFactors, TrainedLayer
 from starkv_core.gate import opened
@@ -77,7 +77,7 @@ from starkv_core.run import (
 
 METRICS = "metrics.jsonl"
 CALIBRATION = "calibration"  # folder of resumable state
-_CHECK_SEQUENCES = 4  # kept out of training, to measure the exported model on
+CHECK_SEQUENCES = 4  # kept out of training, to measure the exported model on
 LOSS_SCALE = 1024.0  # float16 alone: activations' gradients, a mean over tokens, would underflow
 MICRO_TOKENS = 4096  # tokens that go through the model at once
 _DISK_BYTES = 28  # a trained number: its start, the state and, while that is replaced, the next one
@@ -180,9 +180,9 @@ def budget_for(recipe: Recipe, spec: ModelSpec) -> Budget:
     )
 
 
-def training_sequences(recipe: Recipe) -> int:
-    """Distinct sequences that training draws from."""
-    used = recipe.steps * recipe.batch
+def training_sequences(recipe: Recipe, steps: int | None = None) -> int:
+    """Distinct sequences that training draws from, in the recipe's steps or as many as given."""
+    used = (recipe.steps if steps is None else steps) * recipe.batch
     return min(used, recipe.data.sequences) if recipe.data.sequences else used
 
 
@@ -198,13 +198,19 @@ def trained_numbers(recipe: Recipe, spec: ModelSpec, budget: Budget) -> int:
     return int(kept * (spec.hidden + rows))
 
 
-def calibration_tokens(recipe: Recipe, tokenizer: Any) -> torch.Tensor:
-    """int64 ``[N, L]``: those kept out of training, then those for statistics and training."""
+def calibration_tokens(recipe: Recipe, tokenizer: Any, steps: int | None = None) -> torch.Tensor:
+    """int64 ``[N, L]``: those kept out of training, then those for statistics and training.
+
+    Args:
+        steps: of training, where not those of the recipe.
+    """
     d = recipe.data
-    count = _CHECK_SEQUENCES + max(recipe.start.sequences, training_sequences(recipe))
-    return pack(
+    count = CHECK_SEQUENCES + max(recipe.start.sequences, training_sequences(recipe, steps))
+    rows = pack(
         tokenizer, documents(d.source, d.config, d.split, d.field), d.length, count, recipe.seed
     )
+    planted = plant(tokenizer, rows[CHECK_SEQUENCES:], d.recall, recipe.seed)
+    return torch.cat((rows[:CHECK_SEQUENCES], planted))
 
 
 def run_calibration(
@@ -297,8 +303,8 @@ class _Calibration:
         self.recipe, self.run_dir, self.loaded = recipe, run_dir, loaded
         self.budget, self.progress = budget, progress
         self.began = time.monotonic()  # moved back by what earlier attempts took
-        self.check = tokens[:_CHECK_SEQUENCES]
-        self.pool = tokens[_CHECK_SEQUENCES:]
+        self.check = tokens[:CHECK_SEQUENCES]
+        self.pool = tokens[CHECK_SEQUENCES:]
         self.head = loaded.model.get_output_embeddings().weight
 
     def run(self, manifest: dict[str, Any]) -> CalibrationResult:

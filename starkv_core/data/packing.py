@@ -13,6 +13,8 @@ from starkv_core.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SPAN: Final = 128  # tokens of a row for each passage that comes back in it
+_LEAST, _MOST = 8, 48  # tokens of such a passage
 _BUFFER: Final = 1024
 """Documents held for shuffling: enough to mix a stream, little enough to download first."""
 
@@ -53,6 +55,64 @@ def pack(
     rows = torch.tensor(ids[:needed], dtype=torch.int64).view(count, -1)
     rows = torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), rows], dim=1)
     return rows[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
+
+
+def plant(
+    tokenizer: PreTrainedTokenizerBase, rows: torch.Tensor, share: float, seed: int
+) -> torch.Tensor:
+    """Rows of which a share asks for recall: passages of the first half come back in the second.
+
+    Plain text seldom asks what stood far before, and what it does not ask for is not measured and
+    not trained. In a chosen row every stretch of 128 tokens of the first half gets a passage of 8
+    to 48: its own text, its tokens in random order, or a record (words, a number); all come back
+    in the second half, in another order. The rest of the row stays, its first token too.
+
+    Args:
+        rows: int64 ``[N, L]``, as of :func:`pack`; rows under 32 tokens stay as they are.
+        share: of the rows, 0 to 1; which ones depends on ``seed``.
+
+    Returns:
+        int64 ``[N, L]``, a copy.
+    """
+    found = rows.clone()
+    half = rows.shape[1] // 2
+    if half < 2 * _LEAST:
+        return found
+    order = random.Random(seed)
+    for n in sorted(order.sample(range(len(rows)), round(share * len(rows)))):
+        count = max(1, half // _SPAN)
+        room = (half - 1) // count
+        make = order.choice((_own, _shuffled_tokens, _record))
+        back = order.sample(range(count), count)
+        for early, late in enumerate(back):
+            size = order.randint(_LEAST, min(_MOST, room))
+            start = 1 + early * room + order.randint(0, room - size)
+            passage = make(tokenizer, found[n, start : start + size].tolist(), order)
+            found[n, start : start + size] = torch.tensor(passage)
+            again = half + late * room + order.randint(0, room - size)
+            found[n, again : again + size] = torch.tensor(passage)
+    return found
+
+
+def _own(tokenizer: PreTrainedTokenizerBase, ids: list[int], order: random.Random) -> list[int]:
+    return ids
+
+
+def _shuffled_tokens(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], order: random.Random
+) -> list[int]:
+    return order.sample(ids, len(ids))
+
+
+def _record(tokenizer: PreTrainedTokenizerBase, ids: list[int], order: random.Random) -> list[int]:
+    """Two words of the passage and a number, again and again with other numbers, as it fits."""
+    words = [word for word in str(tokenizer.decode(ids)).split() if word.isalpha()]
+    text = ""
+    for _ in range(len(ids) // _LEAST + 1):
+        name = " ".join(order.choice(words or ["item"]) for _ in range(2))
+        text += f"\n{name}: {order.randrange(10_000, 100_000)}"
+    made: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return (made + ids)[: len(ids)]
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -20,7 +20,7 @@ from starkv_core.artifacts import (
 )
 from starkv_core.budget import predict_bytes, slots
 from starkv_core.calibrate.distill import distillation_loss
-from starkv_core.calibrate.loop import calibration_tokens
+from starkv_core.calibrate.loop import CHECK_SEQUENCES, calibration_tokens
 from starkv_core.errors import RunFailure, UserError
 from starkv_core.models.spec import ModelSpec
 from starkv_core.progress import SILENT, Progress
@@ -267,8 +267,9 @@ def quantize_run(
         if scheme.name != "paper":
             limit = byte_limit(budget, tokens, subject, scheme)
             check_floor(subject, scheme, limit, tokens)
-        rows = calibration_tokens(recipe, subject.tokenizer)
-        check, pool = rows[:_CHECK_ROWS, :_CHECK_TOKENS], rows[4:]
+        steps = max(recipe.steps, recover_steps)
+        rows = calibration_tokens(recipe, subject.tokenizer, steps)
+        check, pool = rows[:_CHECK_ROWS, :_CHECK_TOKENS], rows[CHECK_SEQUENCES:]
         layers = quantise(subject, scheme, limit, tokens, pool, progress)
         recovery: list[float] = []
         if recover_steps:
