@@ -18,6 +18,7 @@ from starkv_core.cache import LatentLayer
 from starkv_core.models.family import Family
 from starkv_core.models.spec import ModelSpec
 from starkv_core.packed import PackedLayer
+from triton_ops.code_append import code_append
 from triton_ops.coded_attention import CodedFactors, coded_attention
 from triton_ops.latent_attention import (
     KeyLayout,
@@ -111,16 +112,9 @@ class LatentWeights:
 
     @cached_property
     def factors(self) -> LatentFactors:
-        """The same as latent attention takes them; made once.
-
-        Of coded layers for rows in the order of :attr:`head_order`.
-        """
+        """The same as latent attention takes them; made once."""
         ranks = tuple(self.real_channels.sum(-1).tolist())
-        layout = (
-            KeyLayout(ranks, tuple(self.key_index[:, 0].tolist()))
-            if self.codes is None
-            else KeyLayout.side_by_side(ranks)
-        )
+        layout = KeyLayout(ranks, tuple(self.key_index[:, 0].tolist()))
         return LatentFactors(layout, self.key_up, self.key_bias, self.value_up)
 
     @cached_property
@@ -132,11 +126,6 @@ class LatentWeights:
         return CodedFactors(
             self.codes, self.key_index, ranks, self.key_up, self.key_bias, self.value_up
         )
-
-    @cached_property
-    def head_order(self) -> torch.Tensor:
-        """Int64: the channels of head after head."""
-        return self.key_index[self.real_channels]
 
 
 @lru_cache(maxsize=4096)  # asked for in every training forward, always with the same arguments
@@ -190,8 +179,8 @@ def _normalised(weights: LatentWeights, keys: torch.Tensor, eps: float) -> torch
 
 @lru_cache(maxsize=8)  # all layers of a forward ask for the same
 @torch.inference_mode(False)
-def _filled(slots: int, device: torch.device) -> torch.Tensor:
-    """Int32 ``[1]``: slots filled, for the ops that read it on the device."""
+def _count(slots: int, device: torch.device) -> torch.Tensor:
+    """Int32 ``[1]``: slots filled or coded, for the ops that read it on the device."""
     return torch.full((1,), slots, dtype=torch.int32, device=device)
 
 
@@ -246,8 +235,7 @@ class CompressedAttention:
         past, exact = 0 if layer is None else layer.length, None
         decodes = layer is not None and n_new <= DECODE_QUERIES
         if isinstance(layer, PackedLayer) and decodes and past > 0:
-            layer.store(keys, values)
-            out = self._decode_packed(weights, q, layer, mask)
+            out = self._decode_packed(weights, q, keys, values, layer, mask)
         elif layer is not None and decodes and not isinstance(layer, PackedLayer):
             out = self._decode(weights, q, keys, values, layer, mask)
         else:
@@ -306,7 +294,7 @@ class CompressedAttention:
         layer.admit(keys, values)
         step, buffers = layer.step, layer.buffers()
         if step is None:
-            filled, first = _filled(layer.length, q.device), None
+            filled, first = _count(layer.length, q.device), None
             if mask is not None:
                 mask = _checked(mask)[..., : layer.length]
         else:
@@ -326,40 +314,50 @@ class CompressedAttention:
         )
 
     def _decode_packed(
-        self, weights: LatentWeights, q: torch.Tensor, layer: PackedLayer, mask: torch.Tensor | None
+        self,
+        weights: LatentWeights,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer: PackedLayer,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention of the few tokens just stored: codes are read, sinks and window are exact.
+        """As :meth:`_decode`, with codes: sinks and window are exact, the rest is what is coded.
 
-        All of them see the window as it stands after the last one. Arguments as :meth:`_decode`.
+        All new tokens see the window as it stands after the last one.
         """
-        n_new, length = q.shape[2], layer.length
-        cos, sin = self.tables.slots(length, q.device)
-        q = rotate(q, cos[-n_new:], sin[-n_new:])
-        mask = None if mask is None else _checked(mask)[..., :length]
-
-        def count(slots: int) -> torch.Tensor:
-            return torch.full((1,), slots, dtype=torch.int32, device=q.device)
-
-        if self.backend == "triton":
-            return coded_attention(
-                q,
-                *layer.coded_sides(),
-                weights.coded_factors,
-                self.tables,
-                filled=count(length),
-                coded=count(layer.coded),
-                scale=self.module.scaling,
-                mask=mask,
-                backend=self.backend,
-            )
-        return latent_attention(
+        assert weights.codes is not None
+        coded = layer.coded_count()
+        layer.admit(keys, values)
+        step, sides = layer.step, layer.coded_sides()
+        if step is None:
+            filled, first = _count(layer.length, q.device), None
+            if mask is not None:
+                mask = _checked(mask)[..., : layer.length]
+        else:
+            filled, first, mask = step.filled, step.first, None
+        q, coded = code_append(
             q,
-            *layer.padded_latents(weights.head_order),
-            weights.factors,
+            keys,
+            values,
+            *sides,
+            weights.codes,
+            *self.tables.slots(layer.room, q.device),
+            filled=filled,
+            coded=coded,
+            backend=self.backend,
+        )
+        return coded_attention(
+            q,
+            *sides,
+            weights.coded_factors,
             self.tables,
-            filled=count(length),
+            filled=filled,
+            coded=coded,
             scale=self.module.scaling,
+            first=first,
             mask=mask,
+            backend=self.backend,
         )
 
     def _layer(self, cache: Any, codes: LayerCodes | None) -> LatentLayer:

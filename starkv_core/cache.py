@@ -52,7 +52,6 @@ class _GrowingLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     supports_early_init = False
-    steppable = True  # whether tokens can be written at a slot that a tensor names
     keys: torch.Tensor | None
     values: torch.Tensor | None
     is_initialized: bool
@@ -118,6 +117,14 @@ class _GrowingLayer(CacheLayerMixin):
             stop = self.length + key_rows.shape[1]
             self.reserve(key_rows.shape[0], stop, (0, 0), key_rows.device)
             self.length = stop
+
+    def fill(self, tokens: int) -> None:
+        """Declare that the first ``tokens`` slots are filled."""
+        self.length = tokens
+
+    def overwritten(self) -> list[torch.Tensor]:
+        """Views of what the next token takes the place of: nothing, where all tokens stay."""
+        return []
 
     def append(
         self, key_rows: torch.Tensor, value_rows: torch.Tensor
@@ -285,7 +292,7 @@ class LatentCache(Cache):
     @property
     def steppable(self) -> bool:
         """Whether every layer can be written at a slot that a tensor names."""
-        return all(isinstance(layer, _GrowingLayer) and layer.steppable for layer in self.layers)
+        return all(isinstance(layer, _GrowingLayer) for layer in self.layers)
 
     def reserve(self, batch: int, tokens: int, device: torch.device) -> None:
         """Make room for ``tokens`` tokens in every layer at once; what is held stays."""
@@ -299,7 +306,11 @@ class LatentCache(Cache):
     def fill(self, tokens: int) -> None:
         """Declare that the first ``tokens`` slots of every layer are filled."""
         for layer in self.layers:
-            layer.length = tokens
+            layer.fill(tokens)
+
+    def overwritten(self) -> list[torch.Tensor]:
+        """Views of all that the next token takes the place of."""
+        return [t for layer in self.layers for t in layer.overwritten()]
 
     def set_step(self, step: Step | None) -> None:
         """Write the tokens to come at the slot that ``step`` names; None ends that."""

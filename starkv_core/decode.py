@@ -39,8 +39,7 @@ class CapturedStep:
         first: int32 ``[B]``, the first slot of each row (left padding), or None.
 
     Raises:
-        CaptureError: no GPU or several, a sliding window, a packed layer, or the capture itself
-            fails.
+        CaptureError: no GPU or several, a sliding window, or the capture itself fails.
     """
 
     logits: torch.Tensor
@@ -56,7 +55,7 @@ class CapturedStep:
     ) -> None:
         require_gpu(tokens.device)
         if not cache.steppable:
-            raise CaptureError("layers under a sliding window, or packed, move their slots")
+            raise CaptureError("layers under a sliding window move their slots")
         if any(layer.device != tokens.device for layer in cache.layers):
             raise CaptureError("the model's layers are on several devices")
         self._model, self._cache, self._sampler = subject.model, cache, sampler
@@ -93,7 +92,7 @@ class CapturedStep:
         self._tables = () if subject.tables is None else subject.tables.held()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        moving = self.tokens, self._slot, self._filled, self._mask
+        moving = self.tokens, self._slot, self._filled, self._mask, *self._cache.overwritten()
         kept = [t.clone() for t in moving]
 
         def restore() -> None:

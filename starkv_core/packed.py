@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from starkv_core.cache import LatentLayer
+from triton_ops.code_append import coded_after, ring_rows, store_rows
 from triton_ops.coded_attention import Coded
 from triton_ops.latent_attention import row_width
-from triton_ops.latent_codes import TILE, Codec, LayerCodes, pack, tiles, unpack
+from triton_ops.latent_codes import TILE, Codec, LayerCodes, tiles, unpack
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -40,13 +40,6 @@ class CodedRows:
         """Make room for ``room`` tiles."""
         more = room - self.codes.shape[1]
         self.change(lambda t: torch.cat((t, t.new_zeros(t.shape[0], more, *t.shape[2:])), dim=1))
-
-    def write(self, start: int, rows: torch.Tensor) -> None:
-        """Quantise ``rows [B, L, R]``, as stored, into the slots from ``start`` on."""
-        codes, scales = self.codec.quantise(rows)
-        pack(codes, start, self.codes, self.codec.layout)
-        slots = torch.arange(start, start + rows.shape[1], device=rows.device)
-        self.scales[:, slots // TILE, :, slots % TILE] = scales.transpose(0, 1)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Float32 ``[B, stop - start, R]``: what the slots' codes stand for."""
@@ -74,12 +67,11 @@ class PackedLayer(LatentLayer):
         key_rows, value_rows: what is coded; None before the first token.
     """
 
-    steppable = False
-
     def __init__(self, layer_codes: LayerCodes, dtype: torch.dtype) -> None:
         super().__init__(dtype)
         self.layer_codes = layer_codes
         self.coded = 0
+        self._count: tuple[int, torch.Tensor] | None = None
         self.key_rows: CodedRows | None = None
         self.value_rows: CodedRows | None = None
 
@@ -117,27 +109,28 @@ class PackedLayer(LatentLayer):
 
     def store(self, key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
         """Take in ``[B, L, R]`` and ``[B, L, r_v]``; code what is then older than the window."""
-        past, stop = self.length, self.length + key_rows.shape[1]
-        self.reserve(key_rows.shape[0], stop, (0, 0), key_rows.device)
-        sinks, window = self.layer_codes.sinks, self.layer_codes.window
-        coded = max(self.coded, stop - window)
-        start, end = max(self.coded, sinks), max(coded, sinks)
-        end = min(end, stop)
-        for (exact, coded_rows), rows in zip(self._sides(), (key_rows, value_rows), strict=True):
-            rows = rows.to(self.dtype)
-            inner = exact[..., : rows.shape[-1]]
-            if end > start:
-                leaving = rows[:, max(start - past, 0) : max(end - past, 0)]
-                if start < past:
-                    ring = self._ring(start, min(end, past))
-                    leaving = torch.cat((inner[:, ring], leaving), dim=1)
-                coded_rows.write(start, leaving)
-            if past < sinks:
-                inner[:, past : min(stop, sinks)] = rows[:, : sinks - past]
-            first = max(end, past, sinks)
-            if first < stop:
-                inner[:, self._ring(first, stop)] = rows[:, first - past :]
-        self.length, self.coded = stop, coded
+        past, coded, codes = self.length, self.coded, self.layer_codes
+        self.admit(key_rows, value_rows)
+        sides = zip(self.coded_sides(), (codes.keys, codes.values), strict=True)
+        for (side, codec), rows in zip(sides, (key_rows, value_rows), strict=True):
+            store_rows(side, codec, rows, past, coded, codes.sinks, codes.window)
+
+    def admit(self, key_rows: torch.Tensor, value_rows: torch.Tensor) -> None:
+        """As other layers do; what leaves the window for these rows counts as coded."""
+        super().admit(key_rows, value_rows)
+        if self.step is None:
+            self.coded = coded_after(self.coded, self.length, self.layer_codes.window)
+
+    def fill(self, tokens: int) -> None:
+        """As other layers do; what has then left the window counts as coded."""
+        super().fill(tokens)
+        self.coded = coded_after(min(self.coded, tokens), tokens, self.layer_codes.window)
+
+    def overwritten(self) -> list[torch.Tensor]:
+        """The exact rows that the next token takes the place of."""
+        codes, slot = self.layer_codes, self.length
+        row = slot if slot < codes.sinks else codes.sinks + slot % max(codes.window, 1)
+        return [t[:, row : row + 1] for t in self.buffers()]
 
     def append(self, key_rows: torch.Tensor, value_rows: torch.Tensor) -> Pair:
         """Store; returns float32 latents of all filled slots, those of the new tokens exact."""
@@ -189,16 +182,12 @@ class PackedLayer(LatentLayer):
         ]
         return found[0], found[1]
 
-    def padded_latents(self, order: torch.Tensor) -> Pair:
-        """All filled slots as latent attention takes them: float32, rows padded.
-
-        Args:
-            order: int64 channels of the keys, head after head.
-        """
-        keys, values = self.latents(0, self.length)
-        keys = keys[..., order]
-        padded = [F.pad(t, (0, row_width(t.shape[-1]) - t.shape[-1])) for t in (keys, values)]
-        return padded[0], padded[1]
+    def coded_count(self) -> torch.Tensor:
+        """Int32 ``[1]``, :attr:`coded`: one tensor as long as that does not change, for graphs."""
+        if self._count is None or self._count[0] != self.coded:
+            count = torch.tensor([self.coded], dtype=torch.int32, device=self.device)
+            self._count = self.coded, count
+        return self._count[1]
 
     def coded_sides(self) -> tuple[Coded, Coded]:
         """Keys and values as attention over codes takes them."""
@@ -226,7 +215,7 @@ class PackedLayer(LatentLayer):
     def _ring(self, start: int, stop: int) -> torch.Tensor:
         """Where slots of the window lie in the exact rows."""
         slots = torch.arange(start, stop, device=self.device)
-        return self.layer_codes.sinks + slots % max(self.layer_codes.window, 1)
+        return ring_rows(slots, self.layer_codes.sinks, self.layer_codes.window)
 
     def _rows(self, change: Any) -> None:
         super()._rows(change)

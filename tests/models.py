@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from starkv_core.models.load import LoadedModel, prepare
 from starkv_core.rank_map import LayerRanks
 from starkv_core.recipe import Recipe, parse_recipe
 from starkv_core.run import Subject, deployed_subject
+from tests.coded_case import coded_weights
 
 VOCAB = 97
 CONFIGS = {
@@ -119,6 +121,19 @@ def deployed(
             layer.set_ranks(ranks, live.settings)
     folded = {i: layer.fold(live.settings) for i, layer in live.by_layer().items()}
     return deployed_subject(loaded, live.ranks(), folded, store_dtype=dtype)
+
+
+def coded(subject: Subject, **options: Any) -> Subject:
+    """A subject with packed caches, steps set on random tokens; options of ``coded_weights``."""
+    cache = subject.new_cache()
+    with torch.no_grad(), subject.active() as live:
+        live(ids(4, 80, seed=8).to(subject.device), past_key_values=cache)
+    weights = {}
+    for i, w in subject.weights.items():
+        keys, values = (t[:, :80].float() for t in cache.layers[i].buffers())
+        r, r_v = len(w.key_down), len(w.value_down)
+        weights[i] = coded_weights(w, keys[..., :r], values[..., :r_v], **options)
+    return replace(subject, weights=weights)
 
 
 def full_ranks(loaded: LoadedModel) -> LayerRanks:

@@ -23,14 +23,17 @@ from starkv_core.run import Subject
 from tests import models
 from tests.tolerances import FP16_LATENTS, FP32_LOGITS, NEAR_TIE
 
+CODED = {"bits": (4, 3), "sinks": 2, "window": 7}
+
 
 def subject_of(kind: str, skip: int | None = None) -> Subject:
-    """A small random model, one layer left dense if asked."""
+    """A small random model, one layer left dense if asked, packed if asked."""
     start = {"slack": 0, "skip_layers": [] if skip is None else [skip]}
-    return models.deployed(models.model(kind), start=start)
+    subject = models.deployed(models.model(kind.removesuffix("-coded")), start=start)
+    return models.coded(subject, **CODED) if kind.endswith("-coded") else subject
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "llama-coded", "qwen2-coded"])
 @pytest.mark.parametrize("skip", [None, 1])
 def test_a_step_written_by_tensors_equals_a_plain_one(kind: str, skip: int | None) -> None:
     """What a graph replays, run without one: slot, counts and mask from tensors."""
@@ -71,11 +74,14 @@ def test_a_step_written_by_tensors_equals_a_plain_one(kind: str, skip: int | Non
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "llama-coded"])
 def test_steps_of_the_kernels_give_the_tokens_of_plain_ones(kind: str) -> None:
     """Interpreted: with padding, by a step's tensors and launched plainly, the same logits."""
-    loaded = models.model(kind, dtype=torch.float16)
-    subject = replace(models.deployed(loaded, dtype=torch.float16), backend="triton")
+    loaded = models.model(kind.removesuffix("-coded"), dtype=torch.float16)
+    subject = models.deployed(loaded, dtype=torch.float16)
+    if kind.endswith("-coded"):
+        subject = models.coded(subject, **CODED)
+    subject = replace(subject, backend="triton")
     ids, first = models.ids(2, 26), torch.tensor([0, 3], dtype=torch.int32)
     held = torch.arange(26) >= first[:, None]
     places = (held.cumsum(-1) - 1).clamp(min=0)
@@ -108,7 +114,7 @@ def test_steps_of_the_kernels_give_the_tokens_of_plain_ones(kind: str) -> None:
             slot += 1
             filled += 1
     for ours, theirs in zip(stepped.layers, plain.layers, strict=True):
-        assert all(map(torch.equal, ours.buffers(), theirs.buffers()))
+        assert all(map(torch.equal, ours.tensors(), theirs.tensors()))
 
 
 def test_latents_of_keys_and_values_come_from_one_matrix() -> None:
@@ -332,3 +338,35 @@ def test_a_conversation_goes_on_after_captured_steps() -> None:
             gap = (got[:, :held].double() - wanted[:, :held].double()).norm(dim=-1)
             # Token by token: one in another's slot would be off by its own size.
             assert float((gap / wanted[:, :held].double().norm(dim=-1)).max()) < FP16_LATENTS
+
+
+@pytest.mark.gpu
+def test_replayed_steps_code_what_single_steps_code() -> None:
+    """The embedded model, packed: 200 replays, then the same tokens one by one.
+
+    Latents of the first layer depend on the tokens alone, so all it stores is the same bit for bit:
+    no row was lost to the capture, none coded twice or late. Deeper layers see the kernels round.
+    """
+    loaded = load(None, device="cuda", dtype="float16")
+    subject = models.coded(models.deployed(loaded, dtype=torch.float16), sinks=4, window=32)
+    assert subject.backend == "triton"
+    words = loaded.tokenizer(HELDOUT_TEXT.read_text()[:2000])["input_ids"]
+    prompt = torch.tensor([words[start : start + 450] for start in (0, 10)], device="cuda")
+    cache, single = subject.new_cache(), subject.new_cache()
+    told = torch.stack(list(stream(subject, prompt, None, 200, sampler=Sampler(), cache=cache)), 1)
+    assert cache.get_seq_length() == 450 + 199
+    with subject.active(), torch.no_grad():
+        logits = [subject.model(input_ids=prompt, past_key_values=single).logits[:, -1]]
+        for token in told.split(1, dim=1)[:-1]:
+            logits.append(subject.model(input_ids=token, past_key_values=single).logits[:, -1])
+    found = torch.stack(logits, 1).double()
+    short = found.amax(-1) - found.gather(-1, told[..., None])[..., 0]
+    assert float((short / found.std(-1)).max()) < NEAR_TIE
+    single.reserve(2, 450 + 200, torch.device("cuda"))
+    for number, (ours, theirs) in enumerate(zip(cache.layers, single.layers, strict=True)):
+        assert ours.coded == theirs.coded == 450 + 199 - 32
+        for got, wanted in zip(ours.tensors(), theirs.tensors(), strict=True):
+            if number == 0:
+                assert torch.equal(got, wanted)
+            elif got.dtype == torch.uint8:
+                assert float((got != wanted).float().mean()) < 0.05

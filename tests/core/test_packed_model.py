@@ -186,19 +186,6 @@ def test_left_padding_of_a_layer(family: str, prefill: str, sinks: int) -> None:
             torch.testing.assert_close(found[row, start:], alone[0], rtol=0, atol=FP32_LOGITS)
 
 
-def coded(subject: Subject, **options: Any) -> Subject:
-    """A subject with packed caches, steps set on random tokens."""
-    cache = subject.new_cache()
-    with torch.no_grad(), subject.active() as model:
-        model(models.ids(4, 80, seed=8), past_key_values=cache)
-    weights = {}
-    for i, w in subject.weights.items():
-        keys, values = (t[:, :80].float() for t in cache.layers[i].buffers())
-        r, r_v = len(w.key_down), len(w.value_down)
-        weights[i] = coded_weights(w, keys[..., :r], values[..., :r_v], **options)
-    return replace(subject, weights=weights)
-
-
 def fed(
     subject: Subject, ids: torch.Tensor, cuts: list[int], mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, LatentCache]:
@@ -222,7 +209,10 @@ def test_eight_bits_are_close_to_none(family: str) -> None:
     ids, cuts = models.ids(2, 60), CUTS["prompt"]
     wanted, _ = fed(plain, ids, [60])
     fine, coarse = (
-        apart(fed(coded(plain, bits=bits, measure="absmax", zero="tread"), ids, cuts)[0], wanted)
+        apart(
+            fed(models.coded(plain, bits=bits, measure="absmax", zero="tread"), ids, cuts)[0],
+            wanted,
+        )
         for bits in ((8, 8), (2, 2))
     )
     assert 0 < fine < EIGHT_BIT_LATENTS < 5 * EIGHT_BIT_LATENTS < coarse
@@ -233,7 +223,7 @@ def test_eight_bits_are_close_to_none(family: str) -> None:
 @pytest.mark.parametrize("bits", [(4, 4), (3, 2)])
 def test_kernels_decode_as_the_reference_does(family: str, bits: tuple[int, int]) -> None:
     """Left-padded rows, a token and then three at once, kernels interpreted."""
-    subject = coded(deployed(family)[1], bits=bits, sinks=2, window=7)
+    subject = models.coded(deployed(family)[1], bits=bits, sinks=2, window=7)
     ids, mask = models.ids(2, 44), torch.ones(2, 44, dtype=torch.long)
     mask[1, :9] = 0
     found, wanted = (
@@ -248,7 +238,7 @@ def test_kernels_decode_as_the_reference_does(family: str, bits: tuple[int, int]
 def test_a_window_as_long_as_the_text_is_exact(family: str) -> None:
     _, plain = deployed(family)
     ids, cuts = models.ids(2, 60), CUTS["turns"]
-    found, _ = fed(coded(plain, window=60), ids, cuts)
+    found, _ = fed(models.coded(plain, window=60), ids, cuts)
     torch.testing.assert_close(found, fed(plain, ids, [60])[0], rtol=0, atol=FP32_LOGITS)
 
 
@@ -268,7 +258,7 @@ def without_cache(subject: Subject) -> Subject:
 def test_a_model_equals_recomputation(family: str, cuts: list[int]) -> None:
     """Nothing exact is left, so full recomputation with fake-quantised latents must agree."""
     _, plain = deployed(family)
-    subject = coded(plain, prefill="coded")
+    subject = models.coded(plain, prefill="coded")
     ids = models.ids(2, 60)
     with torch.no_grad(), without_cache(subject).active() as model:
         wanted = model(ids, use_cache=False).logits
@@ -282,7 +272,7 @@ def test_a_model_equals_recomputation(family: str, cuts: list[int]) -> None:
 def test_a_row_does_not_depend_on_its_neighbours(family: str, prefill: str) -> None:
     """Trap 13: left padding of any length, prefill and decode."""
     _, plain = deployed(family)
-    subject = coded(plain, window=5, prefill=prefill)
+    subject = models.coded(plain, window=5, prefill=prefill)
     lengths, total, extra = [33, 25, 18], 33, 12
     ids = models.ids(3, total + extra)
     mask = torch.ones_like(ids)
@@ -303,7 +293,7 @@ def test_a_row_does_not_depend_on_its_neighbours(family: str, prefill: str) -> N
 def test_generate_equals_generate_without_a_cache(family: str, options: dict[str, Any]) -> None:
     """Trap 14: beams move codes and scales."""
     _, plain = deployed(family)
-    subject = coded(plain, prefill="coded")
+    subject = models.coded(plain, prefill="coded")
     ids = models.ids(2, 20)
     mask = torch.ones_like(ids)
     mask[1, :6] = 0
@@ -317,7 +307,7 @@ def test_generate_equals_generate_without_a_cache(family: str, options: dict[str
 
 def test_generate_makes_its_own_packed_cache() -> None:
     _, plain = deployed("llama")
-    subject = coded(plain, window=5, sinks=2)
+    subject = models.coded(plain, window=5, sinks=2)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     with subject.active() as model:
         out = model.generate(models.ids(2, 20), return_dict_in_generate=True, **options)
@@ -330,7 +320,7 @@ def test_generate_makes_its_own_packed_cache() -> None:
 def test_turns_of_the_engine() -> None:
     """A second turn feeds only its own tokens, as if the first had been decoded before it."""
     loaded, plain = deployed("qwen2")
-    subject = coded(plain, window=5, sinks=2)
+    subject = models.coded(plain, window=5, sinks=2)
     ids, sampler = models.ids(2, 50), Sampler()
     cache = subject.new_cache()
     answer = torch.stack(list(stream(subject, ids[:, :20], None, 6, sampler=sampler, cache=cache)))
@@ -352,7 +342,7 @@ def test_turns_of_the_engine() -> None:
 def test_latents_of_another_form_are_refused() -> None:
     """A layer that holds 16-bit latents in the order of heads is not read as coded, or back."""
     _, plain = deployed("llama")
-    subject = coded(plain)
+    subject = models.coded(plain)
     for holder, reader in ((plain, subject), (subject, plain)):
         _, cache = fed(holder, models.ids(1, 20), [20])
         refused = pytest.raises(RuntimeError, match="another form")

@@ -27,6 +27,20 @@ class Coded:
     scales: torch.Tensor
     exact: torch.Tensor
 
+    def faults(self, name: str, codec: Codec, batch: int, tiles: int, rows: int) -> list[str]:
+        """What does not fit ``rows`` exact rows and ``tiles`` tiles that a quantiser has filled."""
+        layout = codec.layout
+        expected = {
+            "codes": (self.codes, (batch, tiles, layout.tile_bytes), torch.uint8),
+            "scales": (self.scales, (batch, tiles, layout.scales, TILE), torch.float16),
+            "exact": (self.exact, (batch, rows, row_width(layout.channels)), self.exact.dtype),
+        }
+        return [
+            f"{name}.{part} {list(got.shape)} {got.dtype}, expected {list(shape)} {dtype}"
+            for part, (got, shape, dtype) in expected.items()
+            if tuple(got.shape) != shape or got.dtype != dtype
+        ]
+
 
 def coded_attention(
     q: torch.Tensor,
@@ -131,19 +145,8 @@ def _check(
     batch, heads, _, dim = q.shape
     codes = factors.codes
     tiles, rows = keys.codes.shape[1], codes.sinks + codes.window
-    wrong = []
-    for name, side, codec in (("keys", keys, codes.keys), ("values", values, codes.values)):
-        layout = codec.layout
-        expected = {
-            "codes": (side.codes, (batch, tiles, layout.tile_bytes), torch.uint8),
-            "scales": (side.scales, (batch, tiles, layout.scales, TILE), torch.float16),
-            "exact": (side.exact, (batch, rows, row_width(layout.channels)), side.exact.dtype),
-        }
-        wrong += [
-            f"{name}.{part} {list(got.shape)} {got.dtype}, expected {list(shape)} {dtype}"
-            for part, (got, shape, dtype) in expected.items()
-            if tuple(got.shape) != shape or got.dtype != dtype
-        ]
+    wrong = keys.faults("keys", codes.keys, batch, tiles, rows)
+    wrong += values.faults("values", codes.values, batch, tiles, rows)
     if factors.key_up.shape[1] != dim or heads % factors.key_up.shape[0]:
         wrong.append(f"q {list(q.shape)} does not fit key_up {list(factors.key_up.shape)}")
     for name, count in (("filled", filled), ("coded", coded)):

@@ -7,6 +7,36 @@ import triton.language as tl
 
 
 @triton.jit
+def turn(
+    q_ptr,  # [H, D] of one token
+    turned_ptr,  # [H, n, D] from the token on
+    cos_ptr,
+    sin_ptr,
+    slot,
+    head,  # [HEADS]
+    q_head,
+    heads,
+    n_new,
+    HALF: tl.constexpr,
+    HALF_P: tl.constexpr,
+):
+    """Queries of some heads of one token, turned for its slot."""
+    freq = tl.arange(0, HALF_P)
+    real = freq < HALF
+    cos = tl.load(cos_ptr + slot * (2 * HALF) + freq, mask=real, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + slot * (2 * HALF) + freq, mask=real, other=0.0)[None, :]
+    held = (head < heads)[:, None] & real[None, :]
+    head = head.to(tl.int64)[:, None]
+    q_at = q_ptr + head * q_head + freq[None, :]
+    q0 = tl.load(q_at, mask=held, other=0.0).to(tl.float32)
+    q1 = tl.load(q_at + HALF, mask=held, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = turned_ptr.dtype.element_ty
+    out_at = turned_ptr + head * n_new * (2 * HALF) + freq[None, :]
+    tl.store(out_at, (q0 * cos - q1 * sin).to(dtype), mask=held)
+    tl.store(out_at + HALF, (q1 * cos + q0 * sin).to(dtype), mask=held)
+
+
+@triton.jit
 def _copy(source, target, first, width, N: tl.constexpr):
     lane = first + tl.arange(0, N)
     held = lane < width
@@ -55,19 +85,9 @@ def rope_append(
     key_parts = tl.cdiv(key_width, N)
     if part < head_parts:
         head = part * HEADS + tl.arange(0, HEADS)
-        freq = tl.arange(0, HALF_P)
-        real = freq < HALF
-        cos = tl.load(cos_ptr + slot * (2 * HALF) + freq, mask=real, other=0.0)[None, :]
-        sin = tl.load(sin_ptr + slot * (2 * HALF) + freq, mask=real, other=0.0)[None, :]
-        held = (head < heads)[:, None] & real[None, :]
-        head = head.to(tl.int64)[:, None]
-        q_at = q_ptr + row * q_batch + token * q_token + head * q_head + freq[None, :]
-        q0 = tl.load(q_at, mask=held, other=0.0).to(tl.float32)
-        q1 = tl.load(q_at + HALF, mask=held, other=0.0).to(tl.float32)
-        dtype: tl.constexpr = turned_ptr.dtype.element_ty
-        out_at = turned_ptr + ((row * heads + head) * n_new + token) * (2 * HALF) + freq[None, :]
-        tl.store(out_at, (q0 * cos - q1 * sin).to(dtype), mask=held)
-        tl.store(out_at + HALF, (q1 * cos + q0 * sin).to(dtype), mask=held)
+        q_at = q_ptr + row * q_batch + token * q_token
+        out_at = turned_ptr + (row * heads * n_new + token) * (2 * HALF)
+        turn(q_at, out_at, cos_ptr, sin_ptr, slot, head, q_head, heads, n_new, HALF, HALF_P)
     elif part < head_parts + key_parts:
         source = keys_ptr + row * keys_batch + token * keys_token
         target = x_ptr + row * x_batch + slot * x_slot
