@@ -8,7 +8,8 @@ or a baseline; otherwise it says how its run is made:
      "scheme": "star", "ratio": 8, "recover": 300}
 
 `bytes_of` in place of `ratio` names a baseline whose bytes the row is to have; `options` are those
-of `make_scheme` (window, sinks, ...). Rows that the output file has are skipped, so a sweep that
+of `make_scheme` (window, sinks, ...). A row whose kernels fail is measured by the reference backend
+and says so. Rows that the output file has are skipped, so a sweep that
 was ended goes on. Runs stay in WORK; rows of equal `base` share one.
 
     PYTHONPATH=. python scripts/quantised_sweep.py plan.json rows.jsonl --work runs --workers 8
@@ -24,6 +25,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,8 +90,14 @@ def make_row(row: dict[str, Any], work: Path) -> dict[str, Any]:
             recover_steps=row.get("recover", 0),
             device=_measurement.device,
         )
-    made = time.monotonic() - began
-    return _measurement.row(str(out)) | {"name": name, "made_in_seconds": made, "plan": row}
+    about = {"name": name, "made_in_seconds": time.monotonic() - began, "plan": row}
+    try:
+        return _measurement.row(str(out)) | about
+    except Exception as error:
+        if _measurement.backend == "reference":
+            raise
+        fallen = replace(_measurement, backend="reference")
+        return fallen.row(str(out)) | about | {"kernels_failed": f"{error!r}"[:2000]}
 
 
 def tried(task: Callable[[dict[str, Any], Path], Any], item: dict[str, Any], work: Path) -> Any:
@@ -121,7 +129,8 @@ def main() -> None:
         sys.stderr.flush()
 
     context = multiprocessing.get_context("spawn")
-    with context.Pool(given.workers, start_worker, (plan["measure"],)) as pool:
+    # A process a row: what a failed kernel leaves of its GPU is no other row's concern.
+    with context.Pool(given.workers, start_worker, (plan["measure"],), 1) as pool:
         ask = partial(pool.apply_async, tried)
         making = [(base, ask((make_base, base, given.work))) for base in bases.values()]
         waiting = [row for row in rows if "base" in row]
