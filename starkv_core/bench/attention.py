@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from starkv_core.bench.codes import for_random, step_bytes
+from starkv_core.bench.exact import attend, normal
 from starkv_core.bench.gate import OUTPUT_LIMIT, fault, relative_error, rows_checked
 from starkv_core.bench.outcome import Measured
-from starkv_core.bench.plan import Need, latent_work, slot_tables
+from starkv_core.bench.packed import fill_random, read_exactly
+from starkv_core.bench.plan import Need, coded_work, latent_work, slot_tables
+from starkv_core.bench.records import CODED
 from starkv_core.bench.shapes import Shape, key_layout
 from starkv_core.bench.timing import measure, peak_bytes, release
-from starkv_core.budget import slots
+from starkv_core.budget import packed_bytes, slots
+from starkv_core.packed import PackedLayer
+from triton_ops.coded_attention import CodedFactors, coded_attention
 from triton_ops.latent_attention import (
     LatentFactors,
     expand_heads,
@@ -32,6 +38,7 @@ SDPA_DEFAULT, SDPA_FLASH, REBUILD, STARKV = BACKENDS = (
     "rebuild",
     "starkv",
 )
+"""Those of every shape; one that is coded has :data:`CODED` beside them."""
 _TILE = 4096  # tokens that `rebuild` rebuilds at once: bounds its temporaries
 _GATE_TILE = 4096  # tokens of the float64 reference at once
 
@@ -40,15 +47,22 @@ def read_bytes(shape: Shape, backend: str, ctx: int, batch: int) -> int:
     """Bytes of cache that one step of a backend has to move.
 
     Dense: keys and values, read once. ``starkv``: the latents as stored, row padding included.
-    ``rebuild``: the latents, and keys and values written and read again.
+    ``rebuild``: the latents, and keys and values written and read again. ``starkv-coded``: codes,
+    their scales and the rows that are not coded, padding of sections and rows included.
     """
+    if backend == CODED:
+        return batch * step_bytes(shape.layer_codes, ctx)
     dense = 2 * batch * ctx * 2 * shape.spec.kv_width
     latents = 2 * batch * ctx * shape.layer_ranks.stored
     return {REBUILD: latents + 2 * dense, STARKV: latents}.get(backend, dense)
 
 
 def cache_bytes(shape: Shape, backend: str, ctx: int, batch: int) -> int:
-    """Bytes of the layer's cache; the latents in whole blocks of slots, as the engine has them."""
+    """Bytes of the layer's cache; latents and codes in whole blocks of slots, as the engine has."""
+    if backend == CODED:
+        codes = shape.layer_codes
+        sides = codes.keys.layout, codes.values.layout
+        return batch * packed_bytes(*sides, codes.sinks, codes.window, ctx)
     if backend in (REBUILD, STARKV):
         return 2 * batch * slots(ctx) * shape.layer_ranks.stored
     return 2 * batch * ctx * 2 * shape.spec.kv_width
@@ -64,6 +78,9 @@ def need(shape: Shape, backend: str, ctx: int, batch: int) -> Need:
     elif backend == STARKV:
         parts["tables"] = slot_tables(spec, ctx)  # of the gate
         parts["work"] = latent_work(spec, shape.layer_ranks, batch, slots(ctx))
+    elif backend == CODED:
+        parts["tables"] = slot_tables(spec, ctx)
+        parts["work"] = coded_work(spec, shape.layer_codes, shape.key_owner, batch, ctx)
     else:
         parts["splits"] = batch * spec.n_heads * slots(ctx) * 2
     parts["margin"] = 1 << 30
@@ -84,15 +101,17 @@ def run_case(
     The second time it is the output that the last of the timed runs left.
 
     Args:
-        backend: of :data:`BACKENDS`.
+        backend: of :data:`BACKENDS`, or :data:`CODED`.
         op_backend: of latent attention, ``reference`` or ``triton``.
     """
     release(device)
-    case = (
-        _Latents(shape, ctx, batch, dtype, device, op_backend)
-        if backend in (REBUILD, STARKV)
-        else _Dense(shape, ctx, batch, dtype, device)
-    )
+    case: _Dense | _Latents | _Codes
+    if backend == CODED:
+        case = _Codes(shape, ctx, batch, dtype, device, op_backend)
+    elif backend in (REBUILD, STARKV):
+        case = _Latents(shape, ctx, batch, dtype, device, op_backend)
+    else:
+        case = _Dense(shape, ctx, batch, dtype, device)
     step = case.step(backend)
     error = case.error(step())
     found = fault(error, OUTPUT_LIMIT[dtype])
@@ -114,35 +133,6 @@ def run_case(
     return Measured(timing, error, peak=peak, note=note)
 
 
-def _normal(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int, scale: float = 1.0
-) -> Tensor:
-    generator = torch.Generator(device).manual_seed(seed)
-    made = torch.empty(shape, dtype=dtype, device=device)
-    return made.normal_(generator=generator).mul_(scale)
-
-
-def _attend(q: Tensor, tiles: Iterator[tuple[Tensor, Tensor]], scale: float) -> Tensor:
-    """Float64 attention of one row's queries, a tile of the cache at a time (online softmax).
-
-    Args:
-        q: ``[H_kv, G, D]``.
-        tiles: keys ``[H_kv, T, D]`` with values ``[H_kv, T, D]``, or ``[T, r]`` of all heads.
-
-    Returns:
-        ``[H_kv, G, D]`` or ``[H_kv, G, r]``.
-    """
-    top = q.new_full((*q.shape[:2], 1), -torch.inf)
-    mass, mixed = torch.zeros_like(top), q.new_zeros(())
-    for keys, values in tiles:
-        scores = q @ keys.mT * scale
-        new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-        p, shrink = torch.exp(scores - new_top), torch.exp(top - new_top)
-        part = p @ values if values.ndim == 3 else (p.flatten(0, 1) @ values).view(*p.shape[:2], -1)
-        mass, mixed, top = mass * shrink + p.sum(-1, keepdim=True), mixed * shrink + part, new_top
-    return mixed / mass
-
-
 class _Dense:
     """A preallocated dense cache, ``[B, H_kv, L, D]`` for keys and for values."""
 
@@ -151,8 +141,8 @@ class _Dense:
     ) -> None:
         spec = shape.spec
         size = (batch, spec.n_kv_heads, ctx, spec.head_dim)
-        self.q = _normal((batch, spec.n_heads, 1, spec.head_dim), dtype, device, 0)
-        self.keys, self.values = (_normal(size, dtype, device, seed) for seed in (1, 2))
+        self.q = normal((batch, spec.n_heads, 1, spec.head_dim), dtype, device, 0)
+        self.keys, self.values = (normal(size, dtype, device, seed) for seed in (1, 2))
         self.group = spec.group
 
     def step(self, backend: str) -> Callable[[], Tensor]:
@@ -181,7 +171,7 @@ class _Dense:
             )
             q = self.q[row, :, 0].double().unflatten(0, (-1, self.group))
             want.append(
-                _attend(q, ((k.double(), v.double()) for k, v in pairs), q.shape[-1] ** -0.5)
+                attend(q, ((k.double(), v.double()) for k, v in pairs), q.shape[-1] ** -0.5)
             )
             got.append(out[row, :, 0].unflatten(0, (-1, self.group)))
         return relative_error(torch.stack(got), torch.stack(want))
@@ -206,21 +196,21 @@ class _Latents:
         spec, ranks = shape.spec, shape.layer_ranks
         dim, heads, layout = spec.head_dim, spec.n_kv_heads, key_layout(spec, ranks)
         value_rank = sum(ranks.values)
-        key_up = _normal((heads, dim, max(layout.ranks)), dtype, device, 1)
+        key_up = normal((heads, dim, max(layout.ranks)), dtype, device, 1)
         for head, rank in enumerate(layout.ranks):
             key_up[head, :, rank:] = 0
             key_up[head] *= rank**-0.5
         self.factors = LatentFactors(
             layout,
             key_up,
-            _normal((heads, dim), dtype, device, 2, 0.5),
-            _normal((heads, dim, value_rank), dtype, device, 3, value_rank**-0.5),
+            normal((heads, dim), dtype, device, 2, 0.5),
+            normal((heads, dim, value_rank), dtype, device, 3, value_rank**-0.5),
         )
         self.rope = spec.rope.growing()
-        self.q = _normal((batch, spec.n_heads, 1, dim), dtype, device, 0)
+        self.q = normal((batch, spec.n_heads, 1, dim), dtype, device, 0)
         room = slots(ctx)
-        self.x = _normal((batch, room, row_width(layout.channels)), dtype, device, 4)
-        self.z = _normal((batch, room, row_width(value_rank)), dtype, device, 5)
+        self.x = normal((batch, room, row_width(layout.channels)), dtype, device, 4)
+        self.z = normal((batch, room, row_width(value_rank)), dtype, device, 5)
         self.ctx, self.op_backend, self.group = ctx, op_backend, spec.group
         self.scale = dim**-0.5
         self.filled = torch.tensor([ctx], dtype=torch.int32, device=device)
@@ -268,7 +258,7 @@ class _Latents:
         got, want = [], []
         for row in rows_checked(len(self.q)):
             q = self.q[row, :, 0].double().unflatten(0, (-1, self.group))
-            mixed = _attend(q, self._tiles(row), self.scale)
+            mixed = attend(q, self._tiles(row), self.scale)
             want.append(torch.einsum("hgr,hdr->hgd", mixed, self.factors.value_up.double()))
             got.append(out[row, :, 0].unflatten(0, (-1, self.group)))
         return relative_error(torch.stack(got), torch.stack(want))
@@ -296,3 +286,87 @@ class _Latents:
             value_rank = factors.value_up.shape[-1]
             keys = rotate(keys, cos[tile].double(), sin[tile].double())
             yield keys, self.z[row, tile, :value_rank].double()
+
+
+class _Codes:
+    """A packed layer of random codes with the factors that read it; keys have a bias."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        ctx: int,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        op_backend: str,
+    ) -> None:
+        spec, codes = shape.spec, for_random(shape.layer_codes.to(device))
+        dim, heads, owner = spec.head_dim, spec.n_kv_heads, shape.key_owner
+        groups, owner = int(owner.max()) + 1, owner.to(device)
+        self.channels = [(owner == h * groups // heads).nonzero()[:, 0] for h in range(heads)]
+        ranks = tuple(map(len, self.channels))
+        key_up = normal((heads, dim, max(ranks)), dtype, device, 1)
+        index = torch.zeros(heads, max(ranks), dtype=torch.long, device=device)
+        for head, channels in enumerate(self.channels):
+            key_up[head, :, len(channels) :] = 0
+            key_up[head] *= len(channels) ** -0.5
+            index[head, : len(channels)] = channels
+        value_rank = codes.values.layout.channels
+        self.key_bias = normal((heads, dim), dtype, device, 2, 0.5)
+        self.factors = CodedFactors(
+            codes,
+            index,
+            ranks,
+            key_up,
+            self.key_bias,
+            normal((heads, dim, value_rank), dtype, device, 3, value_rank**-0.5),
+        )
+        self.rope = spec.rope.growing()
+        self.q = normal((batch, spec.n_heads, 1, dim), dtype, device, 0)
+        self.layer = PackedLayer(codes, dtype)
+        self.layer.reserve(batch, ctx, (0, 0), device)
+        fill_random(self.layer, ctx, 4)
+        self.op_backend, self.group, self.scale = op_backend, spec.group, dim**-0.5
+        self.filled = torch.tensor([ctx], dtype=torch.int32, device=device)
+        self.coded = torch.tensor([self.layer.coded], dtype=torch.int32, device=device)
+        self.first = torch.zeros(batch, dtype=torch.int32, device=device)
+
+    def step(self, backend: str) -> Callable[[], Tensor]:
+        """One step of attention over codes."""
+        return lambda: coded_attention(
+            self.q,
+            *self.layer.coded_sides(),
+            self.factors,
+            self.rope,
+            filled=self.filled,
+            coded=self.coded,
+            scale=self.scale,
+            first=self.first,
+            backend=self.op_backend,
+        )
+
+    def error(self, out: Tensor) -> float:
+        """Relative error of ``out [B, H, 1, D]`` on some rows."""
+        got, want = [], []
+        for row in rows_checked(len(self.q)):
+            q = self.q[row, :, 0].double().unflatten(0, (-1, self.group))
+            mixed = attend(q, self._tiles(row), self.scale)
+            want.append(torch.einsum("hgr,hdr->hgd", mixed, self.factors.value_up.double()))
+            got.append(out[row, :, 0].unflatten(0, (-1, self.group)))
+        return relative_error(torch.stack(got), torch.stack(want))
+
+    def _tiles(self, row: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys of every head, rebuilt in float64 from what each bit says, and value latents."""
+        cos, sin = self.rope.slots(self.layer.length, self.q.device)
+        at = 0
+        for x, z in read_exactly(self.layer, row, _GATE_TILE):
+            tile = slice(at, at + len(x))
+            keys = torch.stack(
+                [
+                    x[:, channels] @ self.factors.key_up[head, :, : len(channels)].double().T
+                    + self.key_bias[head].double()
+                    for head, channels in enumerate(self.channels)
+                ]
+            )
+            yield rotate(keys, cos[tile].double(), sin[tile].double()), z
+            at += len(x)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from starkv_core.attention import DECODE_QUERIES
+from starkv_core.bench.codes import step_bytes
 from starkv_core.bench.gate import (
     LOGITS_LIMIT,
     fault,
@@ -25,7 +27,9 @@ from starkv_core.bench.gate import (
     rows_checked,
 )
 from starkv_core.bench.outcome import Measured
-from starkv_core.bench.plan import Need, latent_work, slot_tables
+from starkv_core.bench.packed import cache_parts, fill_random
+from starkv_core.bench.plan import Need, coded_work, latent_work, slot_tables
+from starkv_core.bench.records import CODED
 from starkv_core.bench.shapes import Shape
 from starkv_core.bench.timing import measure_steps, peak_bytes, release
 from starkv_core.budget import predict_bytes, slots
@@ -33,10 +37,12 @@ from starkv_core.cache import LatentCache
 from starkv_core.decode import CapturedStep
 from starkv_core.engine import Sampler
 from starkv_core.graphs import CaptureError, capture
+from starkv_core.packed import PackedLayer
 from starkv_core.rank_map import RankMap
 from starkv_core.run import Subject
 
 STATIC, STARKV = BACKENDS = ("static-graph", "starkv")
+"""Those of every shape; one that is coded has :data:`CODED` beside them."""
 ROOM = 256  # slots kept for the steps that are timed, on both sides
 _CHUNK = DECODE_QUERIES + 1  # tokens from which latents are not read as they are
 
@@ -48,6 +54,9 @@ def tokens_held(ctx: int) -> int:
 
 def cache_bytes(shape: Shape, backend: str, ctx: int, batch: int) -> int:
     """Bytes of the cache of all layers, with its room for steps."""
+    if backend == CODED:
+        coded = shape.codes
+        return predict_bytes(shape.spec, coded.ranks, tokens_held(ctx), batch, codes=coded.codes)
     dense = RankMap((None,) * shape.spec.n_layers)
     ranks = shape.ranks if backend == STARKV else dense
     return predict_bytes(shape.spec, ranks, tokens_held(ctx), batch)
@@ -60,17 +69,21 @@ def read_bytes(shape: Shape, subject: Subject, ctx: int, batch: int) -> int:
     embedding = model.get_input_embeddings().weight
     if embedding is not model.get_output_embeddings().weight:
         weights -= embedding.numel()  # a step reads one row of it for every token
-    numbers = 0
-    for i, layer in enumerate(shape.ranks.layers):
+    ranks = subject.ranks.layers if subject.ranks is not None else (None,) * spec.n_layers
+    numbers = coded = 0
+    for i, layer in enumerate(ranks):
         held = min(ctx, spec.windows[i] - 1) if i in spec.windows else ctx
-        if subject.compressed and layer is not None:
-            weights -= 2 * spec.kv_width * spec.hidden
-            up = spec.kv_width * sum(layer.values) + sum(layer.keys) * spec.head_dim
-            weights += layer.total * spec.hidden + up
-            numbers += ctx * layer.stored
-        else:
+        if layer is None:
             numbers += held * 2 * spec.kv_width
-    return 2 * (weights + batch * numbers)
+            continue
+        weights -= 2 * spec.kv_width * spec.hidden
+        up = spec.kv_width * sum(layer.values) + sum(layer.keys) * spec.head_dim
+        weights += layer.total * spec.hidden + up
+        if i in subject.codes:
+            coded += step_bytes(subject.codes[i], ctx)
+        else:
+            numbers += ctx * layer.stored
+    return 2 * (weights + batch * numbers) + batch * coded
 
 
 def need(shape: Shape, backend: str, ctx: int, batch: int) -> Need:
@@ -80,10 +93,22 @@ def need(shape: Shape, backend: str, ctx: int, batch: int) -> Need:
     held = tokens_held(ctx)
     work = batch * (8 * spec.vocab + 64 * spec.hidden)
     if backend == STARKV:
-        parts["factors"] = 2 * shape.factor_numbers
+        parts["factors"] = 2 * shape.factor_numbers()
         parts["tables"] = 2 * slot_tables(spec, held)  # growth doubles them
         layers = {layer for layer in shape.ranks.layers if layer is not None}
         work += max(latent_work(spec, layer, batch, held) for layer in layers)
+    elif backend == CODED:
+        parts["factors"] = 2 * shape.factor_numbers(coded=True)
+        parts["tables"] = 2 * slot_tables(spec, held)
+        coded = shape.codes
+        work += max(
+            # The gate reads a row of a layer in float32, before the step needs its own.
+            max(
+                coded_work(spec, codes, coded.owners[i], batch, held),
+                24 * held * (codes.keys.layout.channels + codes.values.layout.channels),
+            )
+            for i, codes in coded.codes.items()
+        )
     elif spec.group > 1:
         # Under a mask transformers repeats keys and values for the heads that share them.
         work += 2 * 2 * batch * held * spec.n_heads * spec.head_dim
@@ -96,10 +121,11 @@ def run_case(subject: Subject, backend: str, ctx: int, batch: int) -> Measured:
     """Gate and time one side; ``subject`` is dense for ``static-graph``."""
     device, dtype = subject.device, subject.base.dtype
     limit = LOGITS_LIMIT[dtype]
-    side = _Compressed if backend == STARKV else _Static
+    side = _Static if backend == STATIC else _Compressed
     with torch.no_grad():
         release(device)
         made, rows = side(subject, ctx, batch), rows_checked(batch)
+        held, parts = made.nbytes, made.parts()
         want = made.reference(rows)
         release(device)
         with made.stepping() as (step, why_not):
@@ -110,7 +136,8 @@ def run_case(subject: Subject, backend: str, ctx: int, batch: int) -> Measured:
                 return Measured(None, error, found)
             timing = measure_steps(step, device, graph=why_not is None)
         peak = peak_bytes(device)
-    return Measured(timing, error, peak=peak, note=why_not and f"not captured: {why_not}")
+    note = why_not and f"not captured: {why_not}"
+    return Measured(timing, error, peak=peak, note=note, cache=held, parts=parts)
 
 
 def _first_tokens(subject: Subject, batch: int) -> Tensor:
@@ -124,9 +151,12 @@ def _randomise(caches: Any, ctx: int) -> None:
     """Fill the buffers of a cache's layers.
 
     Random values cancel out over a long context. Scaled by the root of its length they do not, so
-    that a wrong attention shows in the logits.
+    that a wrong attention shows in the logits; codes have that in their steps.
     """
     for i, layer in enumerate(caches.layers):
+        if isinstance(layer, PackedLayer):
+            fill_random(layer, ctx, i, ctx**0.5)
+            continue
         generator = torch.Generator(layer.keys.device).manual_seed(i)
         layer.keys.normal_(generator=generator)
         layer.values.normal_(generator=generator).mul_(ctx**0.5)
@@ -134,15 +164,28 @@ def _randomise(caches: Any, ctx: int) -> None:
 
 @contextmanager
 def _only(caches: Any, row: int) -> Iterator[None]:
-    """Within, a cache has one of its rows alone, and what is written goes there."""
-    whole = [(layer.keys, layer.values) for layer in caches.layers]
-    for layer, (keys, values) in zip(caches.layers, whole, strict=True):
-        layer.keys, layer.values = keys[row : row + 1], values[row : row + 1]
+    """Within, a cache has one of its rows alone, and what is written goes there.
+
+    Of packed layers to a copy where it would replace something: a window is a ring. What leaves it
+    is coded where the step to come will code the same.
+    """
+    whole = [dict(vars(layer)) for layer in caches.layers]
+    one = slice(row, row + 1)
+    for layer in caches.layers:
+        layer.keys, layer.values = layer.keys[one], layer.values[one]
+        if isinstance(layer, PackedLayer):
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+            for name in ("key_rows", "value_rows"):
+                rows = copy(getattr(layer, name))
+                rows.change(lambda t: t[one])
+                setattr(layer, name, rows)
+            # Several tokens are to see what each would see alone.
+            layer.layer_codes = replace(layer.layer_codes, prefill="coded")
     try:
         yield
     finally:
-        for layer, (keys, values) in zip(caches.layers, whole, strict=True):
-            layer.keys, layer.values = keys, values
+        for layer, held in zip(caches.layers, whole, strict=True):
+            vars(layer).update(held)
 
 
 Step = Callable[[], tuple[Tensor, Tensor]]
@@ -160,6 +203,15 @@ class _Compressed:
         self.tokens = _first_tokens(subject, batch)
         self.cache.fill(ctx)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache."""
+        return self.cache.nbytes
+
+    def parts(self) -> dict[str, int] | None:
+        """The same by what they are for, where it holds codes."""
+        return cache_parts(self.cache) if self.subject.codes else None
+
     def reference(self, rows: list[int]) -> Tensor:
         """``[rows, V]``: logits of the first step by the reference backend.
 
@@ -172,9 +224,7 @@ class _Compressed:
 
     def _row(self, row: int, count: int) -> Tensor:
         with _only(self.cache, row):
-            out = self._forward(self.tokens[row].expand(1, count))[:, 0]
-        self.cache.fill(self.ctx)
-        return out
+            return self._forward(self.tokens[row].expand(1, count))[:, 0]
 
     def _forward(self, tokens: Tensor) -> Tensor:
         past, count = self.cache.get_seq_length(), tokens.shape[1]
@@ -229,6 +279,14 @@ class _Static:
         self.slots = torch.arange(room, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self._rewind()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache."""
+        return sum(t.nbytes for layer in self.cache.layers for t in (layer.keys, layer.values))
+
+    def parts(self) -> None:
+        """A dense cache has but one."""
 
     def _rewind(self) -> None:
         self.tokens.copy_(self.first)

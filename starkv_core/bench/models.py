@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from starkv_core.artifacts import read_manifest
+from starkv_core.bench.codes import coded_weights, for_random, run_layers
 from starkv_core.bench.shapes import Shape, meta_model
 from starkv_core.factors import FoldedLayer
 from starkv_core.models.load import LoadedModel, prepare
@@ -29,12 +30,18 @@ def dense_subject(shape: Shape, dtype: torch.dtype, device: torch.device) -> Sub
     """The dense model: of a named shape with random weights, of a run the one it was made for."""
     if shape.config is None:
         name = str(dtype).removeprefix("torch.")
-        return dense_of(open_subject(shape.name, device=str(device), dtype=name))
+        found = open_subject(
+            shape.name, device=str(device), dtype=name, model=shape.model, quantised=False
+        )
+        return dense_of(found)
     return Subject(_random_model(shape, dtype, device), store_dtype=dtype)
 
 
 def compressed_subject(shape: Shape, dense: Subject, backend: str) -> Subject:
-    """The compressed model on the weights of ``dense``, with the run's factors or random ones."""
+    """The compressed model on the weights of ``dense``, with the run's factors or random ones.
+
+    Its latents have 16 bits.
+    """
     if shape.config is None:
         sha256 = read_manifest(shape.name)["files"][FACTORS]
         layers = read_folded(Path(shape.name), shape.ranks, sha256)
@@ -46,6 +53,34 @@ def compressed_subject(shape: Shape, dense: Subject, backend: str) -> Subject:
         }
     made = deployed_subject(dense.base, shape.ranks, layers, store_dtype=dense.store_dtype)
     return replace(made, backend=backend)
+
+
+def coded_subject(
+    shape: Shape, dense: Subject, backend: str, value_scale: float | None = None
+) -> Subject:
+    """The quantised model on the weights of ``dense``: a run's own, or 16-bit factors with codes.
+
+    Args:
+        value_scale: with it steps are those of codes drawn at random, values being so large; None
+            keeps the steps that latents ask for.
+    """
+    coded = shape.codes
+    if coded.own:
+        layers = run_layers(Path(shape.name))
+        made = deployed_subject(dense.base, coded.ranks, layers, store_dtype=dense.store_dtype)
+        weights = dict(made.weights)
+    else:
+        made = compressed_subject(shape, dense, backend)
+        weights = {
+            i: coded_weights(made.weights[i], layer, coded.codes[i], coded.owners[i])
+            for i, layer in enumerate(shape.ranks.layers)
+            if layer is not None
+        }
+    if value_scale is not None:
+        for i, held in weights.items():
+            if held.codes is not None:
+                weights[i] = replace(held, codes=for_random(held.codes, value_scale))
+    return replace(made, weights=weights, backend=backend)
 
 
 def _random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> LoadedModel:

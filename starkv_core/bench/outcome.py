@@ -17,6 +17,8 @@ class Measured:
         fault: why there is no time.
         peak: most bytes of GPU memory while it ran.
         note: what a reader of the time must know.
+        cache: bytes of the cache it ran on, from its tensors; None where nothing is kept.
+        parts: the same by what they are for, of caches that hold codes.
     """
 
     timing: Timing | None
@@ -24,3 +26,5 @@ class Measured:
     fault: str | None = None
     peak: int | None = None
     note: str | None = None
+    cache: int | None = None
+    parts: dict[str, int] | None = None

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from starkv_core.bench.shapes import key_layout
 from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import LayerRanks
-from triton_ops.latent_attention import workspace_bytes
+from triton_ops.coded_attention import CodedFactors
+from triton_ops.latent_attention import row_width, workspace_bytes
+from triton_ops.latent_attention.tuning import PROCESSORS, splits_of
+from triton_ops.latent_codes import TILE, LayerCodes, tiles
 
+# Of the kernels over codes (triton_ops/coded_attention/launch.py, which needs Triton).
+_EXACT_TILE, _SCORE_TILE, _MIX_WIDTH, _MIX_PROGRAMS = 64, 256, 128, 3
 _KEPT_FREE = 512 << 20  # for the driver, graphs and libraries
 
 
@@ -48,6 +54,49 @@ def latent_work(spec: ModelSpec, ranks: LayerRanks, batch: int, room: int) -> in
         dim=spec.head_dim,
         room=room,
     )
+
+
+def coded_work(
+    spec: ModelSpec, codes: LayerCodes, owner: torch.Tensor, batch: int, tokens: int
+) -> int:
+    """Bytes that attention of one new token over codes allocates in a layer whose keys have a bias.
+
+    Args:
+        owner: int64 ``[R]``, the group of key heads of each stored channel.
+        tokens: that the cache has room for.
+    """
+    heads, room = spec.n_heads, tiles(tokens) * TILE
+    exact_tiles = -(-(codes.sinks + codes.window) // _EXACT_TILE)
+    score_tiles = exact_tiles + room // _SCORE_TILE
+    value_room = row_width(codes.values.layout.channels)
+    blocks = -(-heads // 64)
+    parts = blocks * sum(-(-s.channels // _MIX_WIDTH) for s in codes.values.layout.sections)
+    splits, _ = splits_of(tiles(tokens), parts * batch, PROCESSORS * _MIX_PROGRAMS)
+    per_head = (
+        2 * (room + exact_tiles * _EXACT_TILE)  # p
+        + 8 * score_tiles  # tops and masses
+        + 4  # totals
+        + (4 * (splits + 1) + 2) * value_room  # mixed values of the splits, and their sum
+        + 2 * spec.head_dim
+    )
+    segments = _segments(codes, owner, spec.n_kv_heads, spec.group)
+    return batch * (4 * segments * room + heads * per_head)
+
+
+@lru_cache(maxsize=256)  # plans ask for the layers of a model again and again
+@torch.inference_mode(False)
+def _segments(codes: LayerCodes, owner: torch.Tensor, heads: int, group: int) -> int:
+    """Rows of scores that a row of the batch takes: parts of heads that kernels score apart."""
+    groups = int(owner.max()) + 1
+    own = [(owner == h * groups // heads).nonzero()[:, 0] for h in range(heads)]
+    ranks = tuple(map(len, own))
+    index = torch.nn.utils.rnn.pad_sequence(own, batch_first=True)
+    # Of the least head dimension: where channels lie does not depend on it.
+    up, bias = torch.zeros(heads, 2, max(ranks)), torch.zeros(heads, 2)
+    factors = CodedFactors(codes, index, ranks, up, bias, up[..., :1])
+    if group == 1 and not factors.shared:
+        return factors.band[2]
+    return factors.rebuilt[2] * group
 
 
 def slot_tables(spec: ModelSpec, room: int) -> int:

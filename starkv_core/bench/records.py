@@ -39,6 +39,8 @@ KEYS: Final = (
     "planned_bytes",
     "peak_bytes",
     "tokens_per_s",
+    "cache_ratio",
+    "cache_parts",
     "gate_error",
     "fault",
     "note",
@@ -54,14 +56,18 @@ KEYS: Final = (
 """Keys of every record, in order; what does not apply is null.
 
 Times in milliseconds, ``bandwidth`` in bytes a second, ``removed`` the paper's rate (0 for dense
-caches), ``fault`` the reason where there is no time, ``memory`` the limit in bytes at equal memory,
-``rank_map`` a hash of the ranks: maps of one shape and rate may differ.
+caches; the bits of codes not counted), ``bits`` of a number in the cache (of codes the mean, codes
+alone), ``fault`` the reason where there is no time, ``memory`` the limit in bytes at equal memory,
+``rank_map`` a hash of the ranks: maps of one shape and rate may differ. Of decode, from the live
+cache: ``cache_ratio``, bytes of a dense 16-bit cache of ``ctx`` tokens, nothing allocated ahead,
+over those of the whole cache; ``cache_parts``, of codes alone, its bytes by what they are for.
 """
 
-_LATER: Final = ("rank_map",)
+_LATER: Final = ("rank_map", "cache_ratio", "cache_parts")
 """Keys that records did not have at first; null where they lack."""
 
 OURS: Final = "starkv"
+CODED: Final = "starkv-coded"
 BASELINES: Final = ("sdpa-default", "sdpa-flash", "rebuild", "static-graph")
 
 
@@ -131,10 +137,10 @@ def speedup(record: Record, other: Record) -> float | None:
 
 
 def baselines(record: Record, records: Sequence[Record]) -> dict[str, float]:
-    """Speed-up of a record over each baseline of its case."""
+    """Speed-up of a record over each baseline of its case; of codes over our 16-bit latents too."""
     others = {r["backend"]: r for r in records if case_of(r) == case_of(record)}
     found = {}
-    for name in BASELINES:
+    for name in (*BASELINES, OURS) if record["backend"] == CODED else BASELINES:
         if name in others and name != record["backend"]:
             factor = speedup(record, others[name])
             if factor is not None:
@@ -150,18 +156,20 @@ def broken(records: Sequence[Record]) -> list[Record]:
 def crossovers(records: Sequence[Record]) -> list[str]:
     """For every curve, from which context on ours is the faster, a line for each baseline."""
     lines = []
-    for series in dict.fromkeys(series_of(r) for r in records if r["backend"] == OURS):
-        ours = [r for r in records if series_of(r) == series and r["backend"] == OURS]
-        gains: dict[str, dict[int, float]] = {}
-        for record in ours:
-            for name, factor in baselines(record, records).items():
-                gains.setdefault(name, {})[record["ctx"]] = factor
-        _, suite, shape, _, size, value = series
-        what = f"batch {value}" if size == "batch" else f"{value / 2**30:g} GiB"
-        lines += [
-            f"{suite}, {shape}, {what}: {_verdict(found)} against {name}"
-            for name, found in gains.items()
-        ]
+    for backend in (OURS, CODED):
+        for series in dict.fromkeys(series_of(r) for r in records if r["backend"] == backend):
+            own = [r for r in records if series_of(r) == series and r["backend"] == backend]
+            gains: dict[str, dict[int, float]] = {}
+            for record in own:
+                for name, factor in baselines(record, records).items():
+                    gains.setdefault(name, {})[record["ctx"]] = factor
+            _, suite, shape, _, size, value = series
+            what = f"batch {value}" if size == "batch" else f"{value / 2**30:g} GiB"
+            who = "ours" if backend == OURS else f"ours in {own[0]['bits']:.3g} bits"
+            lines += [
+                f"{suite}, {shape}, {what}: {_verdict(who, found)} against {name}"
+                for name, found in gains.items()
+            ]
     return lines
 
 
@@ -175,14 +183,14 @@ def crossover(gains: dict[int, float]) -> int | None:
     return start
 
 
-def _verdict(gains: dict[int, float]) -> str:
+def _verdict(who: str, gains: dict[int, float]) -> str:
     start = crossover(gains)
     if start is None:
-        return f"ours does not win up to {tokens(max(gains))}"
+        return f"{who} does not win up to {tokens(max(gains))}"
     if start == min(gains):
-        return f"ours wins at every context measured, from {tokens(start)}"
+        return f"{who} wins at every context measured, from {tokens(start)}"
     below = max(ctx for ctx in gains if ctx < start)
-    return f"ours wins from {tokens(start)} (not yet at {tokens(below)})"
+    return f"{who} wins from {tokens(start)} (not yet at {tokens(below)})"
 
 
 def tokens(count: int) -> str:

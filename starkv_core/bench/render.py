@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from starkv_core.artifacts import write_text_atomic
+from starkv_core.artifacts import read_text, write_text_atomic
 from starkv_core.bench.records import (
+    CODED,
     OURS,
     Record,
     append_records,
@@ -19,6 +21,7 @@ from starkv_core.bench.records import (
     speed,
     tokens,
 )
+from starkv_core.errors import UserError
 
 _COMPARED: Final = {
     "attention": ("sdpa-default", "sdpa-flash"),
@@ -32,12 +35,16 @@ _COLORS: Final = {
     "static-graph": "#1f4e79",
     "rebuild": "#7f7f7f",
     OURS: "#c55a11",
+    CODED: "#548235",
 }
-_INTRO: Final = """\
+_OWN: Final = """\
 # Benchmarks
 
 Rendered from the `.jsonl` files of this folder by `starkv bench --record`; do not edit.
-
+"""
+"""How the README.md of a folder of records begins."""
+_INTRO: Final = f"""\
+{_OWN}
 - **case**: tokens in the cache (of the prompt, in `prefill`) x rows.
 - **ms**: median and 20th to 80th percentile of one step. `attention`: one layer, from the turned
   query to what goes into `o_proj`. `decode`: a whole model, one token for every row, sampling
@@ -51,19 +58,23 @@ Rendered from the `.jsonl` files of this folder by `starkv bench --record`; do n
 - **faster than**: speed over a baseline of the same run and case; above 1 is faster. At equal
   memory it compares tokens a second, each side at the largest batch that fits.
 - **cache**: bytes of the cache that exist, padding of rows and slots allocated ahead included.
+- **ratio**, in records that have it: a dense 16-bit cache of as many tokens, nothing allocated
+  ahead, over the whole cache as its tensors were, room for the steps that were timed included.
 - **peak**: most GPU memory while the backend ran, weights included.
-- **removed**: the paper's rate, of latents alone, padding not counted.
+- **removed**: the paper's rate, of latents alone, padding and the bits of codes not counted.
 
 Backends: `sdpa-default` and `sdpa-flash` read a dense cache by torch's own choice of kernel and by
 its FlashAttention; `rebuild` rebuilds all keys and values for SDPA by plain torch; `static-graph`
-is transformers with a static cache, captured as a CUDA graph; `starkv` reads the latents.
+is transformers with a static cache, captured as a CUDA graph; `starkv` reads latents of 16 bits,
+`starkv-coded` packed codes of them, sinks and a recent window in 16 bits.
 
 A backend is shown only if its output passed the correctness gate in the same run. `attention`: the
 output, before and after the timed runs, against float64. `decode`: the logits of the step that is
 timed, on up to three rows at its batch and context, against another path through the same cache
 (the plain kernel of SDPA, the reference backend; for the reference backend itself SDPA over rebuilt
 keys). `prefill`: the logits of a prompt of 600 tokens at once against the same in chunks and single
-tokens. In the first runs, as above, `decode` compared two rows of a cache of their own and
+tokens; with codes against chunks through a 16-bit cache, to whose latents the codes are held.
+In the first runs, as above, `decode` compared two rows of a cache of their own and
 `prefill` a prompt of 48 tokens.
 
 Weights and caches are random numbers in the model's shape. **No real calibration stands behind the
@@ -82,20 +93,28 @@ def tables(records: Sequence[Record]) -> dict[str, tuple[list[str], list[list[st
     found = {}
     for suite in dict.fromkeys(r["suite"] for r in records):
         own = [r for r in records if r["suite"] == suite]
+        # Older records have no ratio, most have no codes.
+        with_ratio = any(r["cache_ratio"] is not None for r in own)
+        compared = _COMPARED[suite]
+        if any(r["backend"] == CODED for r in own):
+            compared = (*compared, OURS)
         columns = ["case", "backend", "ms (p20-p80)", "read", "floor ms (times)"]
         columns += ["tokens/s"] if suite == "decode" else []
-        names = ", ".join(name.removeprefix("sdpa-") for name in _COMPARED[suite])
-        columns += ["cache", "peak", f"faster than {names}"]
-        found[suite] = columns, [_row(record, records, len(columns)) for record in own]
+        columns += ["cache", *(["ratio"] if with_ratio else []), "peak"]
+        names = ", ".join(name.removeprefix("sdpa-") for name in compared)
+        columns.append(f"faster than {names}")
+        found[suite] = columns, [_row(record, records, columns, compared) for record in own]
     return found
 
 
-def _row(record: Record, records: Sequence[Record], width: int) -> list[str]:
+def _row(
+    record: Record, records: Sequence[Record], columns: list[str], compared: tuple[str, ...]
+) -> list[str]:
     case = _case(record)
     if record["ms_p50"] is None:
-        return [case, record["backend"], "none", *[""] * (width - 3)]
-    floor, factors = record["floor_ms"], baselines(record, records)
-    gains = [factors.get(name) for name in _COMPARED[record["suite"]]]
+        return [case, record["backend"], "none", *[""] * (len(columns) - 3)]
+    floor, factors, ratio = record["floor_ms"], baselines(record, records), record["cache_ratio"]
+    gains = [factors.get(name) for name in compared]
     ms = [_figure3(record[key]) for key in ("ms_p50", "ms_p20", "ms_p80")]
     cells = [
         case,
@@ -106,9 +125,11 @@ def _row(record: Record, records: Sequence[Record], width: int) -> list[str]:
     ]
     if record["suite"] == "decode":
         cells.append(f"{record['tokens_per_s']:,.0f}")
+    cells.append(_bytes(record["cache_bytes"]))
+    if "ratio" in columns:
+        cells.append("" if ratio is None else f"{ratio:.2f}")
     return [
         *cells,
-        _bytes(record["cache_bytes"]),
         "" if record["peak_bytes"] is None else _bytes(record["peak_bytes"]),
         ", ".join("-" if gain is None else f"{gain:.2f}x" for gain in gains),
     ]
@@ -124,7 +145,21 @@ def notes(records: Sequence[Record]) -> list[str]:
     lines = [f"{_case(r)} {r['backend']}: {r['fault']}" for r in records if r["ms_p50"] is None] + [
         f"* {r['backend']}: {r['note']}" for r in records if r["note"] and r["ms_p50"]
     ]
+    for record in (r for r in records if r["cache_parts"]):
+        parts = ", ".join(
+            f"{name} {_bytes(count)}" for name, count in record["cache_parts"].items() if count
+        )
+        lines.append(
+            f"{_case(record)} {record['backend']}: cache of {_bytes(record['cache_bytes'])}, "
+            f"{record['cache_ratio']:.2f} times smaller than dense: {parts}"
+        )
     return list(dict.fromkeys(lines))
+
+
+def commit_of(record: Record) -> str:
+    """The commit of a record for people, and whether files differed from it."""
+    commit, dirty, _ = (record["commit"] or "unknown").partition("+dirty")
+    return commit[:12] + dirty
 
 
 def _case(record: Record) -> str:
@@ -137,6 +172,23 @@ def _bytes(count: float) -> str:
         if count >= 2**power:
             return f"{count / 2**power:.3g} {name}"
     return f"{count:.0f} B"
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder whose records cannot be joined, or whose README.md is someone else's.
+
+    Raises:
+        UserError: that, or it cannot be written.
+    """
+    readme = folder / "README.md"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: not a folder; give another --out")
+    if readme.exists() and not read_text(readme).startswith(_OWN):
+        raise UserError(f"{readme}: not of `starkv bench`, and would be lost; give another --out")
+    read_records(folder)
+    found = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(found, os.W_OK):
+        raise UserError(f"{found}: cannot be written; give another --out")
 
 
 def publish(folder: Path, records: Sequence[Record]) -> list[Path]:
@@ -168,7 +220,7 @@ def _run_section(records: list[Record], folder: Path) -> str:
         f"## {first['date'][:10]}, {first['gpu']}, run {first['run']}",
         "",
         f"torch {first['torch']}, triton {first['triton']}, transformers {first['transformers']}, "
-        f"starkv {first['starkv']}, commit {(first['commit'] or 'unknown')[:12]}"
+        f"starkv {first['starkv']}, commit {commit_of(first)}"
         + ("" if bandwidth is None else f"; measured bandwidth {bandwidth / 1e12:.2f} TB/s"),
     ]
     for group in dict.fromkeys((r["suite"], r["shape"], r["dtype"]) for r in records):
@@ -176,6 +228,7 @@ def _run_section(records: list[Record], folder: Path) -> str:
         removed = max(r["removed"] for r in held)
         columns, body = tables(held)[group[0]]
         heading = f"### {group[0]}, {group[1]}, {group[2]}, {removed:.1%} removed"
+        heading += _coded(held)
         known = held[0]["rank_map"]  # older records do not say
         lines += ["", heading + ("" if known is None else f", rank map {known}"), ""]
         lines += ["| " + " | ".join(columns) + " |"]
@@ -188,6 +241,12 @@ def _run_section(records: list[Record], folder: Path) -> str:
             if path.is_file():
                 lines += ["", f"![speed against context]({path.name})"]
     return "\n".join(lines) + "\n"
+
+
+def _coded(records: Sequence[Record]) -> str:
+    """What headings say of codes; nothing where there are none."""
+    bits = dict.fromkeys(r["bits"] for r in records if r["backend"] == CODED)
+    return "".join(f", codes of {one:.3g} bits" for one in bits)
 
 
 def _figure_names(records: Sequence[Record]) -> list[str]:
@@ -222,7 +281,9 @@ def _figure(records: list[Record], path: Path) -> None:
     figure = Figure(figsize=(1.6 + 4.2 * len(series), 4.2), layout="constrained")
     removed = max(r["removed"] for r in records)
     figure.suptitle(
-        f"{first['suite']}: {first['shape']}, {removed:.0%} removed, {first['gpu']}", fontsize=11
+        f"{first['suite']}: {first['shape']}, {removed:.0%} removed{_coded(records)}, "
+        f"{first['gpu']}",
+        fontsize=11,
     )
     panels = figure.subplots(1, len(series), squeeze=False)[0]
     for ax, key in zip(panels, series, strict=True):
@@ -250,7 +311,7 @@ def _panel(ax: Any, records: list[Record]) -> None:
         x, y = [r["ctx"] for r in own], [speed(r) or 0.0 for r in own]
         ax.plot(x, y, marker="o", markersize=4, color=_COLORS[backend], label=backend)
         floors = [(r["ctx"], _floor_speed(r)) for r in own if r["floor_ms"]]
-        if backend in (OURS, "sdpa-default", "static-graph") and floors:
+        if backend in (OURS, CODED, "sdpa-default", "static-graph") and floors:
             ax.plot(
                 *zip(*floors, strict=True),
                 linestyle=":",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from starkv_core.artifacts import read_manifest
+from starkv_core.bench.codes import CodedShape, coded_shape, run_codes
 from starkv_core.bench.rank_maps import read_entry
 from starkv_core.budget import paper_rate
 from starkv_core.errors import UserError
@@ -16,8 +17,9 @@ from starkv_core.models.family import family_of
 from starkv_core.models.load import inspect
 from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import LayerRanks, RankMap
-from starkv_core.run import is_run, read_ranks
+from starkv_core.run import FACTORS, is_run, read_ranks
 from triton_ops.latent_attention import KeyLayout, row_width
+from triton_ops.latent_codes import LayerCodes
 
 FAR = 1 << 21  # positions of a random model: its speed does not depend on what it knows
 SMALL_HEADS, SMALL_DIM, SMALL_LAYERS = 4, 32, 2
@@ -35,6 +37,8 @@ class Shape:
         ranks: its rank map.
         parameters: of the whole model.
         config: transformers config of a named shape; None for a run.
+        model: where the base model of a run lies now, if it has moved.
+        coded: its quantised form, or None.
     """
 
     name: str
@@ -42,6 +46,8 @@ class Shape:
     ranks: RankMap
     parameters: int
     config: Any = None
+    model: str | None = None
+    coded: CodedShape | None = None
 
     @property
     def removed(self) -> float:
@@ -64,12 +70,38 @@ class Shape:
         return ranks
 
     @property
-    def factor_numbers(self) -> int:
+    def codes(self) -> CodedShape:
+        """Its quantised form, where it has one."""
+        if self.coded is None:
+            raise RuntimeError("this shape is not coded")
+        return self.coded
+
+    @property
+    def layer_codes(self) -> LayerCodes:
+        """How the layer that ``attention`` measures is coded."""
+        return self.codes.codes[self.layer]
+
+    @property
+    def key_owner(self) -> torch.Tensor:
+        """Int64 ``[R]``: the group of key heads of each stored channel of that layer."""
+        return self.codes.owners[self.layer]
+
+    def in_bits(self, bits: float) -> Shape:
+        """The same with codes of ``bits`` a channel. UserError if it has codes of its own."""
+        if self.coded is not None:
+            raise UserError(
+                f"--bits {bits:g}: {self.name} is quantised and is measured with its own codes; "
+                "leave --bits out"
+            )
+        return replace(self, coded=coded_shape(self.ranks, bits))
+
+    def factor_numbers(self, coded: bool = False) -> int:
         """Numbers in the deployed factors of all layers; heads padded to the widest of theirs."""
         spec, total = self.spec, 0
-        for layer in self.ranks.layers:
+        for layer in (self.codes.ranks if coded else self.ranks).layers:
             if layer is not None:
-                key_up = spec.kv_width * max(layer.keys) * 2  # twice: the kernels' form of it
+                # And the kernels' forms of it: for codes one in float32 too.
+                key_up = spec.kv_width * max(layer.keys) * (5 if coded else 2)
                 value_up = spec.kv_width * row_width(sum(layer.values)) * 2
                 total += layer.total * spec.hidden + key_up + value_up
         return total
@@ -85,17 +117,32 @@ def key_layout(spec: ModelSpec, ranks: LayerRanks) -> KeyLayout:
     )
 
 
-def open_shape(name: str) -> Shape:
-    """A named shape, or the shape of a run folder.
+def open_shape(name: str, model: str | None = None) -> Shape:
+    """A named shape, or the shape of a run folder, quantised or not.
+
+    Args:
+        model: where the base model of a run lies now, if it has moved.
 
     Raises:
         UserError: neither, a run with nothing to measure, or a map that does not fit.
     """
     if is_run(name):
-        base = read_manifest(name)["base_model"]
-        spec, parameters = inspect(base.get("name"), revision=base.get("revision"))
-        shape = Shape(name, spec, read_ranks(Path(name)), parameters)
+        manifest = read_manifest(name)
+        if FACTORS not in manifest["files"]:
+            raise UserError(
+                f"{name}: calibration has not finished; continue it with "
+                f"`starkv calibrate --resume --out {name}`"
+            )
+        base, path = manifest["base_model"], Path(name)
+        spec, parameters = inspect(model or base.get("name"), revision=base.get("revision"))
+        shape = Shape(name, spec, read_ranks(path), parameters, model=model, coded=run_codes(path))
+        if shape.coded is not None:
+            shape.coded.ranks.check(spec, name)
     else:
+        if model is not None:
+            raise UserError(
+                f"--model {model}: --shape {name} is no run folder, and has no base model to find"
+            )
         entry = read_entry(name)
         shape = _built(name, named_config(name), RankMap.from_dict(entry, name))
     shape.ranks.check(shape.spec, name)

@@ -12,10 +12,10 @@ from typing import Any, Final
 import torch
 
 from starkv_core.bench import attention, decode, prefill
-from starkv_core.bench.models import compressed_subject, dense_subject
+from starkv_core.bench.models import coded_subject, compressed_subject, dense_subject
 from starkv_core.bench.outcome import Measured
 from starkv_core.bench.plan import Need, gib, largest_batch, room_on
-from starkv_core.bench.records import KEYS, OURS, Record
+from starkv_core.bench.records import CODED, KEYS, OURS, Record
 from starkv_core.bench.shapes import (
     Shape,
     open_shape,
@@ -24,10 +24,12 @@ from starkv_core.bench.shapes import (
     small_contexts,
 )
 from starkv_core.bench.timing import bandwidth, release
+from starkv_core.budget import paper_rate
 from starkv_core.errors import UserError
 from starkv_core.models.load import pick_device
 from starkv_core.progress import SILENT, Progress
 from starkv_core.provenance import git_commit, versions
+from starkv_core.quant.run import dense_bytes
 from starkv_core.run import Subject
 from triton_ops.backends import choose_backend
 
@@ -59,6 +61,9 @@ class BenchOptions:
         dtype: ``float16``, ``bfloat16``, or None: float16, but bfloat16 for a run, whose weights
             may not fit float16.
         backend: of latent attention: ``reference``, ``triton``, or None for the best there is.
+        bits: of codes: 2 to 4, fractions too, or 8; None measures 16-bit latents alone, of a
+            quantised run its own codes too.
+        model: where the base model of a run lies now, if it has moved.
         device: as in :func:`starkv_core.models.load.pick_device`.
         scale_down: shrink everything so far that a CPU can run it.
     """
@@ -70,6 +75,8 @@ class BenchOptions:
     memory: int | None = None
     dtype: str | None = None
     backend: str | None = None
+    bits: float | None = None
+    model: str | None = None
     device: str | None = None
     scale_down: bool = False
 
@@ -84,6 +91,8 @@ class BenchOptions:
                 faults.append(f"{name}: whole numbers from 1 are expected")
         if self.memory is not None and self.suite not in ("decode", "all"):
             faults.append("memory: only the suite decode compares at equal memory")
+        if self.memory is not None and self.scale_down:
+            faults.append("memory: scaled-down runs have sizes of their own; leave one of both out")
         if faults:
             raise UserError.many("bench", faults)
 
@@ -112,9 +121,11 @@ def run_bench(options: BenchOptions, progress: Progress = SILENT) -> list[Record
         UserError: no GPU and no ``scale_down``, an unknown shape, nothing that fits.
     """
     device = pick_device(options.device)
-    shape = open_shape(options.shape)
+    shape = open_shape(options.shape, options.model)
     if options.scale_down:
         shape, options = scaled_down(shape), _small(options)
+    if options.bits is not None:
+        shape = shape.in_bits(options.bits)
     cases = list(_cases(options, shape))
     if device.type != "cuda" and not options.scale_down:
         raise UserError(_no_gpu(cases))
@@ -135,7 +146,6 @@ def _small(options: BenchOptions) -> BenchOptions:
         options,
         contexts=small_contexts(contexts),
         batches=small_batches(options.batches or (2,)),
-        memory=None,
     )
 
 
@@ -145,7 +155,7 @@ def _cases(options: BenchOptions, shape: Shape) -> Iterator[Case]:
         usual_contexts, usual_batches = _CASES[suite]
         contexts, batches = options.contexts or usual_contexts, options.batches or usual_batches
         memory = options.memory if suite == "decode" else None
-        for backend in _BACKENDS[suite]:
+        for backend in _BACKENDS[suite] + ((CODED,) if shape.coded is not None else ()):
             for ctx in contexts:
                 need_of = _need_of(suite, shape, backend, ctx)
                 if memory is None or options.batches is not None:
@@ -193,7 +203,7 @@ class _Bench:
         dtype = options.dtype or ("float16" if shape.config is not None else "bfloat16")
         self.dtype = _DTYPES[dtype]
         self.dense: Subject | None = None
-        self.compressed: Subject | None = None
+        self.ours: tuple[tuple[str, float | None], Subject] | None = None
         self.passed: set[str] = set()  # backends, the gate of prefill
         now = datetime.now(UTC)
         found = versions()
@@ -212,7 +222,6 @@ class _Bench:
             "starkv": found["starkv"],
             "commit": git_commit(),
             "date": now.isoformat(timespec="seconds"),
-            "bits": 16,
         }
 
     def run(self, cases: list[Case]) -> list[Record]:
@@ -250,7 +259,7 @@ class _Bench:
             return attention.run_case(
                 self.shape, case.ctx, batch, self.dtype, self.device, case.backend, self.op_backend
             )
-        subject = self._subject(case.backend)
+        subject = self._subject(case)
         if case.suite == "decode":
             return decode.run_case(subject, case.backend, case.ctx, batch)
         # Its gate has a length of its own: once is enough.
@@ -260,19 +269,28 @@ class _Bench:
             self.passed.add(case.backend)
         return done
 
-    def _subject(self, backend: str) -> Subject:
-        """The side of a backend; weights are made once.
+    def _subject(self, case: Case) -> Subject:
+        """The side of a case; weights are made once.
 
         Factors are there only while they are used, so that the dense side has the memory to itself.
         """
         if self.dense is None:
             self.dense = dense_subject(self.shape, self.dtype, self.device)
-        if backend != OURS:
-            self.compressed = None
+        if case.backend not in (OURS, CODED):
+            self.ours = None
             return self.dense
-        if self.compressed is None:
-            self.compressed = compressed_subject(self.shape, self.dense, self.op_backend)
-        return self.compressed
+        # Random codes of values are to be as large as the rest of a cache of decode.
+        scale = case.ctx**0.5 if (case.backend, case.suite) == (CODED, "decode") else None
+        key = case.backend, scale
+        if self.ours is None or self.ours[0] != key:
+            self.ours = None
+            made = (
+                compressed_subject(self.shape, self.dense, self.op_backend)
+                if case.backend == OURS
+                else coded_subject(self.shape, self.dense, self.op_backend, scale)
+            )
+            self.ours = key, made
+        return self.ours[1]
 
     def _record(self, case: Case, measured: Measured) -> Record:
         timing, batch, shape = measured.timing, case.batch or 1, self.shape
@@ -282,11 +300,21 @@ class _Bench:
             held = attention.cache_bytes(shape, case.backend, case.ctx, batch)
         elif case.suite == "decode":
             if timing is not None:
-                read = decode.read_bytes(shape, self._subject(case.backend), case.ctx, batch)
+                read = decode.read_bytes(shape, self._subject(case), case.ctx, batch)
             held = decode.cache_bytes(shape, case.backend, case.ctx, batch)
         else:
             held = prefill.cache_bytes(shape, case.backend, case.ctx, batch)
-        latent = case.backend in (OURS, attention.REBUILD)
+        bits: float = 16
+        removed = 0.0
+        if case.backend in (OURS, attention.REBUILD):
+            removed = shape.removed
+        elif case.backend == CODED:
+            bits = round(shape.codes.bits, 4)
+            removed = paper_rate(shape.spec, shape.codes.ranks)
+        note, ratio = self._note(case, measured, held), None
+        if measured.cache is not None:
+            held = measured.cache
+            ratio = batch * dense_bytes(shape.spec, case.ctx) / held
         rate = batch * 1e3 / timing.p50 if timing is not None and case.suite == "decode" else None
         own = {
             "suite": case.suite,
@@ -294,7 +322,8 @@ class _Bench:
             "batch": case.batch,
             "memory": case.memory,
             "backend": case.backend,
-            "removed": shape.removed if latent else 0.0,
+            "bits": bits,
+            "removed": removed,
             "ms_p20": timing and timing.p20,
             "ms_p50": timing and timing.p50,
             "ms_p80": timing and timing.p80,
@@ -305,17 +334,25 @@ class _Bench:
             "planned_bytes": case.need.total,
             "peak_bytes": measured.peak,
             "tokens_per_s": rate,
+            "cache_ratio": ratio,
+            "cache_parts": measured.parts,
             "gate_error": measured.error if math.isfinite(measured.error or 0.0) else None,
             "fault": measured.fault,
-            "note": self._note(case, measured),
+            "note": note,
         }
         filled = {**self.common, **own}
         return {key: filled[key] for key in KEYS}
 
-    def _note(self, case: Case, measured: Measured) -> str | None:
+    def _note(self, case: Case, measured: Measured, predicted: int) -> str | None:
         notes = [] if measured.note is None else [measured.note]
-        if case.backend == OURS and case.suite != "prefill" and self.op_backend != "triton":
+        if (
+            case.backend in (OURS, CODED)
+            and case.suite != "prefill"
+            and self.op_backend != "triton"
+        ):
             notes.append("latent attention by the reference backend")
         if measured.peak is not None and measured.peak > case.need.total:
             notes.append(f"took {gib(measured.peak)}, {gib(case.need.total)} were planned")
+        if measured.cache not in (None, predicted):
+            notes.append(f"the cache takes {measured.cache} bytes, {predicted} were predicted")
         return "; ".join(notes) or None

@@ -33,6 +33,8 @@ COMMON: dict[str, Any] = {
     "cache_bytes": 3 << 30,
     "planned_bytes": 5 << 30,
     "peak_bytes": 4 << 30,
+    "cache_ratio": None,
+    "cache_parts": None,
     "gate_error": 1e-4,
     "fault": None,
     "note": None,
