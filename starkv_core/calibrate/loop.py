@@ -202,13 +202,15 @@ def calibration_tokens(recipe: Recipe, tokenizer: Any, steps: int | None = None)
     """int64 ``[N, L]``: those kept out of training, then those for statistics and training.
 
     Args:
-        steps: of training, where not those of the recipe.
+        steps: if these take more than the recipe's, there are as many more as the text gives.
     """
     d = recipe.data
-    count = CHECK_SEQUENCES + max(recipe.start.sequences, training_sequences(recipe, steps))
-    rows = pack(
-        tokenizer, documents(d.source, d.config, d.split, d.field), d.length, count, recipe.seed
+    least, count = (
+        CHECK_SEQUENCES + max(recipe.start.sequences, training_sequences(recipe, n))
+        for n in (None, steps)
     )
+    docs = documents(d.source, d.config, d.split, d.field)
+    rows = pack(tokenizer, docs, d.length, max(count, least), recipe.seed, least)
     planted = plant(tokenizer, rows[CHECK_SEQUENCES:], d.recall, recipe.seed)
     return torch.cat((rows[:CHECK_SEQUENCES], planted))
 

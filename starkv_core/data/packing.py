@@ -20,7 +20,12 @@ _BUFFER: Final = 1024
 
 
 def pack(
-    tokenizer: PreTrainedTokenizerBase, docs: Iterable[str], length: int, count: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    docs: Iterable[str],
+    length: int,
+    count: int,
+    seed: int,
+    least: int | None = None,
 ) -> torch.Tensor:
     """Pack documents back to back into rows without padding.
 
@@ -33,26 +38,29 @@ def pack(
     with it, for a row is read as one text; it is not repeated before documents inside a row. The
     windows of perplexity are cut from a text as published figures are: only the first has it.
 
-    Returns int64 token ids ``[count, length]``. UserError if the text is too short, or the
-    tokenizer has no end-of-sequence token.
+    Returns int64 token ids ``[count, length]``, or as many rows as the text gives if those are
+    ``least`` or more. UserError if the text is too short, or the tokenizer has no end-of-sequence
+    token.
     """
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError("the tokenizer has no end-of-sequence token to put between documents")
     begin = _begin(tokenizer)
-    needed = count * (length - len(begin))
+    size = length - len(begin)
     ids: list[int] = []
     for document in _shuffled(docs, random.Random(seed)):
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         ids.append(end)
-        if len(ids) >= needed:
+        if len(ids) >= count * size:
             break
-    else:
+    needed = count if least is None else least
+    if len(ids) < needed * size:
         raise UserError(
-            f"too little text: {count} sequences of {length} need {needed} tokens, "
+            f"too little text: {needed} sequences of {length} need {needed * size} tokens, "
             f"found {len(ids)}; give more text, fewer sequences or shorter ones"
         )
-    rows = torch.tensor(ids[:needed], dtype=torch.int64).view(count, -1)
+    count = min(count, len(ids) // size)
+    rows = torch.tensor(ids[: count * size], dtype=torch.int64).view(count, -1)
     rows = torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), rows], dim=1)
     return rows[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
 

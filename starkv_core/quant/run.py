@@ -267,8 +267,7 @@ def quantize_run(
         if scheme.name != "paper":
             limit = byte_limit(budget, tokens, subject, scheme)
             check_floor(subject, scheme, limit, tokens)
-        steps = max(recipe.steps, recover_steps)
-        rows = calibration_tokens(recipe, subject.tokenizer, steps)
+        rows = calibration_tokens(recipe, subject.tokenizer, recover_steps)
         check, pool = rows[:_CHECK_ROWS, :_CHECK_TOKENS], rows[CHECK_SEQUENCES:]
         layers = quantise(subject, scheme, limit, tokens, pool, progress)
         recovery: list[float] = []

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from starkv_core.data.corpus import documents
-from starkv_core.data.packing import pack
+from starkv_core.data.packing import pack, plant
 from starkv_core.errors import UserError
+from starkv_core.models.load import load
 
 END = 0
 
@@ -199,8 +200,52 @@ def test_too_little_text_says_how_much() -> None:
         pack(Characters(), ["abc", "def"], length=5, count=3, seed=0)
 
 
+def test_rows_beyond_the_least_are_as_many_as_the_text_gives() -> None:
+    found = pack(Characters(), ["abc", "def"], length=2, count=9, seed=0, least=3)
+    assert sorted(found.flatten().tolist()) == sorted([*map(ord, "abcdef"), END, END])
+    with pytest.raises(UserError, match="5 sequences of 2 need 10 tokens, found 8"):
+        pack(Characters(), ["abc", "def"], length=2, count=9, seed=0, least=5)
+
+
 def test_a_tokenizer_without_end_token_is_refused() -> None:
     tokenizer = Characters()
     tokenizer.eos_token_id = None
     with pytest.raises(UserError, match="no end-of-sequence token"):
         pack(tokenizer, ["abc"], length=2, count=1, seed=0)
+
+
+# --- passages that come back -------------------------------------------------------------------
+
+
+def builtin_rows(count: int, length: int) -> tuple[Any, torch.Tensor]:
+    loaded = load(None, device="cpu")
+    return loaded.tokenizer, pack(loaded.tokenizer, documents("builtin"), length, count, 0)
+
+
+def test_passages_of_the_first_half_come_back_in_the_second() -> None:
+    tokenizer, rows = builtin_rows(12, 512)
+    planted = plant(tokenizer, rows, 0.5, seed=1)
+    changed = (planted != rows).any(1)
+    assert int(changed.sum()) == 6
+    assert torch.equal(planted[:, 0], rows[:, 0])
+    for row in planted[changed].tolist():
+        early, late = row[:256], row[256:]
+        places = {tuple(early[i : i + 8]): i for i in range(len(early) - 7)}
+        again = {places[p] for i in range(len(late) - 7) if (p := tuple(late[i : i + 8])) in places}
+        # Two stretches of 127 tokens, one passage of at least 8 in each.
+        assert any(i < 128 for i in again) and any(i >= 120 for i in again)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_planting_depends_on_seed_and_share_alone(share: float) -> None:
+    tokenizer, rows = builtin_rows(4, 128)
+    before = rows.clone()
+    planted = plant(tokenizer, rows, share, seed=1)
+    assert torch.equal(rows, before)
+    assert torch.equal(planted, plant(tokenizer, rows, share, seed=1))
+    assert int((planted != rows).any(1).sum()) == round(share * 4)
+
+
+def test_rows_too_short_to_ask_are_left_alone() -> None:
+    tokenizer, rows = builtin_rows(4, 16)
+    assert torch.equal(plant(tokenizer, rows, 1.0, seed=1), rows)
