@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from triton_ops.coded_attention.ptx import plane_levels
+from triton_ops.coded_attention.ptx import mixable
 from triton_ops.latent_attention.kernels import LIFT
 
 
@@ -457,17 +457,18 @@ def exact_scores(
     tl.store(mass_ptr + own * n_tiles + tile, tl.sum(p, 0), mask=live)
 
 
-_plane_ptx = triton.constexpr_function(plane_levels)
+_mixable_ptx = triton.constexpr_function(mixable)
 
 
 @triton.jit
-def _plane(
-    words, SHIFT: tl.constexpr, WIDTH: tl.constexpr, MIDDLE_2: tl.constexpr, PTX: tl.constexpr
-):
-    """Levels of the first and the second bytes of words from the bits of one token of a plane."""
+def _mixable(words, SHIFT: tl.constexpr, MASK: tl.constexpr, PTX: tl.constexpr):
+    """Bits of the first and of the second bytes of words, as fp16 below the normal numbers.
+
+    A code's bits are the mantissa of such a number: nothing has to be added or taken off.
+    """
     if PTX:
         x_0, x_1 = tl.inline_asm_elementwise(
-            _plane_ptx(WIDTH, SHIFT, MIDDLE_2),
+            _mixable_ptx(SHIFT, MASK),
             "=r,=r,r",
             [words],
             (tl.float16, tl.float16),
@@ -475,24 +476,26 @@ def _plane(
             2,
         )
     else:
-        bits = (words.to(tl.int32) & 0xFFFF) << 1 >> SHIFT
-        mask: tl.constexpr = 2 * (2**WIDTH - 1)
-        x_0 = _level(bits & mask, MIDDLE_2 / 2)
-        x_1 = _level(bits >> 8 & mask, MIDDLE_2 / 2)
+        bits = (words.to(tl.int32) & 0xFFFF) << 1 >> 1 + SHIFT
+        x_0 = (bits & MASK).to(tl.uint16).to(tl.float16, bitcast=True)
+        x_1 = (bits >> 8 & MASK).to(tl.uint16).to(tl.float16, bitcast=True)
     return x_0, x_1
 
 
 @triton.jit
-def mix_plane(
+def mix_codes(
     p_ptr,  # [B, columns, p_room]
     weight_ptr,  # [B, columns, tiles] from the first tile of codes on
-    code_ptr,  # words of two bytes [B, tiles, tile_bytes / 2] from the plane's first on
+    mass_ptr,  # likewise
+    code_ptr,  # words of two bytes [B, tiles, tile_bytes / 2] from the section's first on
     scale_ptr,  # fp16 [B, tiles, groups, 512] from the section's group on, if SCALED
     step_ptr,  # float32 [channels] of the section
     mixed_ptr,  # [B, all splits, columns, room] from the section's first channel on, float32
     coded_ptr,
+    middle,  # code that stands for 0
     code_batch,
     tile_bytes_64,
+    top_plane_64,  # bytes to the plane of the third bit, over 64
     scale_batch,
     groups,
     room,
@@ -504,21 +507,18 @@ def mix_plane(
     covered,  # channels to write: padding of a row becomes 0
     first_split,
     all_splits,
-    SCORE_TILE: tl.constexpr,
     N: tl.constexpr,
     COLS: tl.constexpr,
-    WIDTH: tl.constexpr,  # bits of the plane
-    LOW: tl.constexpr,  # place of its lowest bit in a code
-    MIDDLE_2: tl.constexpr,  # twice the code that stands for 0; 0 but in a section's first plane
+    BITS: tl.constexpr,
+    MIDDLE_2: tl.constexpr,  # twice middle if SCALED, else 0
     SCALED: tl.constexpr,
     PTX: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``sum_t weight * p * z_t`` from one plane of a section, over one split of the sequence.
+    """``sum_t weight * p * z_t`` from one section, over one split of the sequence.
 
-    The planes of a code are summed apart, for a product of the tensor cores is cheaper than putting
-    the code together; all but the first add to what stands in ``mixed``. A step takes one row of
-    bytes, so that all shifts are known: 64 to 512 slots.
+    p goes into the product as the softmax left it; weights, of tiles of 256 slots, fall on the sums
+    of such a tile, and what stands for 0 on the mass of p, which is all it takes.
     """
     blocks = tl.cdiv(columns, COLS)
     block = tl.program_id(0) % blocks
@@ -528,51 +528,68 @@ def mix_plane(
     coded = tl.load(coded_ptr)
     cols = block * COLS + tl.arange(0, COLS)
     live = (cols < columns)[:, None]
+    zeros = tl.zeros([COLS], tl.int64)
     j = tl.arange(0, 32)
     p_base = p_ptr + (row * columns + cols).to(tl.int64)[:, None] * p_room + j[None, :]
-    w_base = weight_ptr + (row * columns + cols) * n_tiles
+    w_at = (row * columns + cols) * n_tiles
     c_base = code_ptr + row * (code_batch // 2)
     c_lane = channel[:, None] * 32 + j[None, :]
     held = (channel < channels)[:, None]
-    SLOTS: tl.constexpr = 512 // WIDTH
+    TWICE: tl.constexpr = 1 if SCALED else 0  # codes are doubled: middle may end in a half
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    ROWS: tl.constexpr = LOW // 2  # of bytes of the low plane in 256 slots
+    # The bits of a byte of the top plane are of 512 slots, and shifts have to be known.
+    HALVES: tl.constexpr = 2 if BITS == 3 else 1
     mixed = tl.zeros([N, COLS], tl.float32)
-    first = (split * per_program * WIDTH).to(tl.int64)
-    units = tl.minimum(tl.cdiv(coded, SLOTS), first + per_program * WIDTH) - first
-    for step in tl.range(0, units, num_stages=STAGES):
-        unit = first + step
-        tile = unit // WIDTH
-        line = unit % WIDTH
-        words = tl.load(
-            c_base + tile * (tile_bytes_64 * 32) + line * (32 * channels) + c_lane,
-            mask=held,
-            other=0,
-        )
-        g_at = scale_ptr + row * scale_batch + tile * (groups * 512) + line * SLOTS + j
-        for n in tl.static_range(SLOTS // 64):
-            slot = unit * SLOTS + n * 64
-            x_0, x_1 = _plane(words, n * WIDTH, WIDTH, MIDDLE_2, PTX)
-            # What the softmax leaves out is not even written.
-            here = (cols < columns) & (slot + tl.zeros([COLS], tl.int64) < coded)
-            weight = tl.load(w_base + slot // SCORE_TILE, mask=here, other=0.0)
-            p = _weighted(p_base + slot, here[:, None], weight, g_at + n * 64, SCALED)
-            mixed = tl.dot(x_0, tl.trans(p), mixed)
-            p = _weighted(p_base + slot + 32, here[:, None], weight, g_at + n * 64 + 32, SCALED)
-            mixed = tl.dot(x_1, tl.trans(p), mixed)
-    step_of = tl.load(step_ptr + channel, mask=channel < channels, other=0.0) * 2**LOW
-    if SCALED:
-        step_of *= 2.0**LIFT
+    mass = tl.zeros([COLS], tl.float32)
+    first = (2 * split * per_program).to(tl.int64)
+    units = tl.minimum(tl.cdiv(coded, 256), first + 2 * per_program)
+    for unit in tl.range(first, units, HALVES, num_stages=STAGES):
+        c_at = c_base + unit // 2 * (tile_bytes_64 * 32) + c_lane
+        row_at = c_at + unit % 2 * (ROWS * 32 * channels)
+        g_at = scale_ptr + row * scale_batch + unit // 2 * (groups * 512) + j
+        if BITS == 3:
+            top = tl.load(c_at + top_plane_64 * 32, mask=held, other=0)
+        for half in tl.static_range(HALVES):
+            told = (cols < columns) & (unit + half + zeros < units)
+            weight = tl.load(weight_ptr + w_at + unit + half, mask=told, other=0.0)
+            if not SCALED:
+                mass += weight * tl.load(mass_ptr + w_at + unit + half, mask=told, other=0.0)
+            part = tl.zeros([N, COLS], tl.float32)
+            for r in tl.static_range(ROWS):
+                words = tl.load(row_at + (half * ROWS + r) * (32 * channels), mask=held, other=0)
+                for m in tl.static_range(4 // ROWS):
+                    slot = (unit + half) * 256 + (r * 4 // ROWS + m) * 64
+                    # What the softmax leaves out is not even written.
+                    here = ((cols < columns) & (slot + zeros < coded))[:, None]
+                    x_0, x_1 = _mixable(words, m * LOW - TWICE, (2**LOW - 1) << TWICE, PTX)
+                    if BITS == 3:
+                        y_0, y_1 = _mixable(top, 0, 1 << half * 4 + m, PTX)
+                        place = tl.full([1, 1], 2.0 ** (2 + TWICE - half * 4 - m), tl.float16)
+                        x_0 += y_0 * place
+                        x_1 += y_1 * place
+                    if SCALED:
+                        x_0 -= tl.full([1, 1], MIDDLE_2 * 2.0**-24, tl.float16)
+                        x_1 -= tl.full([1, 1], MIDDLE_2 * 2.0**-24, tl.float16)
+                    p = tl.load(p_base + slot, mask=here, other=0.0)
+                    if SCALED:
+                        p = _scaled(p, g_at + slot % 512)
+                    part = tl.dot(x_0, tl.trans(p), part)
+                    p = tl.load(p_base + slot + 32, mask=here, other=0.0)
+                    if SCALED:
+                        p = _scaled(p, g_at + slot % 512 + 32)
+                    part = tl.dot(x_1, tl.trans(p), part)
+            mixed += part * weight[None, :]
+    step_of = tl.load(step_ptr + channel, mask=channel < channels, other=0.0)
+    mixed *= 2.0 ** (23 + LIFT) if SCALED else 2.0**24
+    mixed -= middle * mass[None, :]
     mixed = tl.trans(mixed * step_of[:, None])
     at = (row * all_splits + first_split + split) * columns + cols
     m_at = mixed_ptr + at.to(tl.int64)[:, None] * room + channel[None, :]
-    mine = live & (channel < covered)[None, :]
-    if LOW:
-        mixed += tl.load(m_at, mask=mine, other=0.0)
-    tl.store(m_at, mixed, mask=mine)
+    tl.store(m_at, mixed, mask=live & (channel < covered)[None, :])
 
 
 @triton.jit
-def _weighted(p_at, live, weight, g_at, SCALED: tl.constexpr):
-    p = tl.load(p_at, mask=live, other=0.0) * weight[:, None]
-    if SCALED:  # a scale may be large: p then comes without its lift, see mix_plane's end
-        p *= (tl.load(g_at).to(tl.float32) * 2.0**-LIFT)[None, :]
-    return p.to(tl.float16)
+def _scaled(p, g_at):
+    """p times the scales of its slots; as a scale may be large, p loses its lift."""
+    return (p.to(tl.float32) * (tl.load(g_at).to(tl.float32) * 2.0**-LIFT)[None, :]).to(tl.float16)

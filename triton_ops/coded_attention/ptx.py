@@ -15,32 +15,18 @@ _SPREAD = """
     sub.f16x2 ${next}, ${next}, m;"""
 
 
-def plane_levels(width: int, shift: int, middle_2: int) -> str:
-    """PTX for the bits from ``shift`` on of a plane, less half of ``middle_2``.
+def mixable(shift: int, mask: int) -> str:
+    """PTX that shifts bytes right by ``shift`` (-1: left by 1) and leaves the bits of ``mask``.
 
     Registers: $0, $1 first and second bytes; $2 two words.
     """
-    middle = (0x6000 + middle_2) * 0x10001  # 512 + middle_2 / 2 in fp16, twice
-    if width == 8:  # twice a byte does not fit one
-        take = """
-    and.b32 a, $2, 0x00ff00ff;
-    shr.u32 b, $2, 7;
-    shl.b32 a, a, 1;
-    and.b32 b, b, 0x01fe01fe;
-    or.b32 a, a, 0x60006000;
-    or.b32 b, b, 0x60006000;"""
-    else:
-        move = "shl.b32 a, $2, 1;" if shift == 0 else f"shr.u32 a, $2, {shift - 1};"
-        take = f"""
-    {move}
-    and.b32 a, a, {2 * (2**width - 1) * 0x01010101};
-    prmt.b32 b, a, 0x60606060, 0x7361;
-    prmt.b32 a, a, 0x60606060, 0x5240;"""
+    first = f"shr.u32 a, $2, {shift};" if shift >= 0 else "shl.b32 a, $2, 1;"
     return f"""{{
-    .reg .b32 a, b, m;
-    mov.b32 m, {middle};{take}
-    sub.f16x2 $0, a, m;
-    sub.f16x2 $1, b, m;
+    .reg .b32 a, b;
+    {first}
+    shr.u32 b, $2, {shift + 8};
+    and.b32 $0, a, {mask * 0x10001};
+    and.b32 $1, b, {mask * 0x10001};
 }}"""
 
 

@@ -186,11 +186,13 @@ def tile_softmax(
         scores = tl.where(seen, scores, float("-inf"))
         top = tl.max(scores, 1)
         p = tl.exp2(scores - (tl.where(top == float("-inf"), 0.0, top) - LIFT)[:, None])
+        p = p.to(tl.float16)
         p_at = p_ptr + (row * all_columns + cols).to(tl.int64)[:, None] * p_room + slots[None, :]
-        tl.store(p_at, p.to(tl.float16), mask=live[:, None])
+        tl.store(p_at, p, mask=live[:, None])
         at = (row * all_columns + cols) * n_tiles + tile
         tl.store(top_ptr + at, top, mask=live)
-        tl.store(mass_ptr + at, tl.sum(p, 1), mask=live)
+        # The mass of what is stored: that is what the values are mixed by.
+        tl.store(mass_ptr + at, tl.sum(p.to(tl.float32), 1), mask=live)
 
 
 @triton.jit
