@@ -120,7 +120,7 @@ def run_bench(options: BenchOptions, progress: Progress = SILENT) -> list[Record
     Raises:
         UserError: no GPU and no ``scale_down``, an unknown shape, nothing that fits.
     """
-    device = pick_device(options.device)
+    device = _device(options.device)
     shape = open_shape(options.shape, options.model)
     if options.scale_down:
         shape, options = scaled_down(shape), _small(options)
@@ -138,6 +138,16 @@ def run_bench(options: BenchOptions, progress: Progress = SILENT) -> list[Record
     if all(case.need.fault(room) for case in cases):
         raise UserError(f"nothing fits: {cases[0].need.fault(room)}; lower --ctx or --batch")
     return _Bench(options, shape, device, op_backend, room, progress).run(cases)
+
+
+def _device(name: str | None) -> torch.device:
+    """As :func:`pick_device`; of no use here is its advice to take the CPU."""
+    if name is not None and name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"device {name!r}: no GPU that torch can use; bench measures NVIDIA GPUs; --scale-down "
+            "--device cpu shows that it works"
+        )
+    return pick_device(name)
 
 
 def _small(options: BenchOptions) -> BenchOptions:

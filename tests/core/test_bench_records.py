@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from starkv_core.bench.records import (
     read_records,
     tokens,
 )
-from starkv_core.bench.render import notes, publish, tables
+from starkv_core.bench.render import (
+    check_folder,
+    commit_of,
+    notes,
+    publish,
+    render_readme,
+    tables,
+)
 from starkv_core.errors import UserError
 
 COMMON: dict[str, Any] = {
@@ -123,6 +131,79 @@ def test_equal_memory_compares_tokens_a_second_of_different_batches() -> None:
         "64K x 8 in 80 GiB",
     ]
     assert rows[1][-1] == "4.00x"
+
+
+def coded(ctx: int, ms: float, **changes: Any) -> Record:
+    """A record of 3.2 bits."""
+    return record("starkv-coded", ctx, ms, **{"bits": 3.2064, "removed": 0.75, **changes})
+
+
+def test_codes_are_compared_with_our_16_bits_too() -> None:
+    records = [*CURVE, coded(4096, 0.1), coded(32768, 0.2)]
+    assert baselines(records[-1], records) == {
+        "sdpa-default": pytest.approx(10.0),
+        "sdpa-flash": pytest.approx(20.0),
+        "starkv": pytest.approx(2.5),
+    }
+    assert "starkv" not in baselines(CURVE[0], records)
+    assert crossovers(records)[:2] == crossovers(CURVE)
+    assert crossovers(records)[2:] == [
+        "attention, llama-2-7b, batch 16: ours in 3.21 bits wins at every context measured, from "
+        f"4K against {name}"
+        for name in ("sdpa-default", "sdpa-flash", "starkv")
+    ]
+    columns, rows = tables(records)["attention"]
+    assert columns[-1] == "faster than default, flash, starkv"
+    assert rows[-1][-1] == "10.00x, 20.00x, 2.50x"
+    assert rows[0][-1] == "-, 3.00x, -"
+
+
+def test_a_measured_ratio_has_its_column_and_what_it_is_made_of(tmp_path: Path) -> None:
+    parts = {"codes": 3 << 20, "scales": 0, "window": 1 << 20}
+    of_decode = {"suite": "decode", "tokens_per_s": 100.0, "cache_bytes": 4 << 20}
+    records = [
+        record("static-graph", 4096, 2.0, cache_ratio=0.97, **of_decode),
+        coded(4096, 1.0, cache_ratio=19.4, cache_parts=parts, **of_decode),
+    ]
+    columns, rows = tables(records)["decode"]
+    assert [row[columns.index("ratio")] for row in rows] == ["0.97", "19.40"]
+    assert notes(records) == [
+        "4K x 16 starkv-coded: cache of 4 MiB, 19.40 times smaller than dense: codes 3 MiB, "
+        "window 1 MiB"
+    ]
+    text = publish(tmp_path, records)[-1].read_text()
+    assert "### decode, llama-2-7b, float16, 75.0% removed, codes of 3.21 bits, rank map" in text
+    assert "ratio" not in tables(CURVE)["attention"][0]
+
+
+def test_a_commit_says_that_files_differed() -> None:
+    assert commit_of({"commit": "a" * 40 + "+dirty"}) == "a" * 12 + "+dirty"
+    assert commit_of({"commit": "a" * 40}) == "a" * 12
+    assert commit_of({"commit": None}) == "unknown"
+
+
+def test_a_folder_of_someone_else_is_refused(tmp_path: Path) -> None:
+    check_folder(tmp_path / "new" / "deep")
+    publish(tmp_path, CURVE)
+    check_folder(tmp_path)
+    (tmp_path / "README.md").write_text("# Mine\n")
+    with pytest.raises(UserError, match=r"README\.md: not of `starkv bench`"):
+        check_folder(tmp_path)
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(UserError, match=r"other\.jsonl, line 1: not a record"):
+        check_folder(tmp_path)
+    with pytest.raises(UserError, match="not a folder"):
+        check_folder(tmp_path / "other.jsonl")
+
+
+def test_the_records_of_this_checkout_are_read_and_their_page_is_current(tmp_path: Path) -> None:
+    """Old records lack keys; the page in the repository is what the code renders."""
+    docs = Path(__file__).parents[2] / "docs" / "benchmarks"
+    copied = tmp_path / "benchmarks"
+    shutil.copytree(docs, copied)
+    check_folder(copied)
+    assert render_readme(copied).read_text() == (docs / "README.md").read_text()
 
 
 def test_lines_are_appended_whole(tmp_path: Path) -> None:
