@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from starkv_core.cache import LatentCache
 from starkv_core.decode import CapturedStep, CaptureError
 from starkv_core.errors import UserError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from starkv_core.run import Subject
 
 _LOG = logging.getLogger(__name__)
-_LEAST_CAPTURED = 16  # steps from which a capture pays for itself
+LEAST_CAPTURED = 16  # steps from which a capture pays for itself
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,8 @@ def _steps(
                 tokens = following[:, None]
                 if mask is not None:
                     mask = torch.cat((mask, mask.new_ones(mask.shape[0], 1)), dim=1)
-                if step == 0 and max_new_tokens > _LEAST_CAPTURED:
-                    captured = _captured(
+                if step == 0 and max_new_tokens > LEAST_CAPTURED:
+                    captured = captured_steps(
                         subject, cache, following, sampler, generator, mask, max_new_tokens
                     )
         finally:
@@ -207,7 +208,7 @@ def _steps(
                 captured.close()
 
 
-def _captured(
+def captured_steps(
     subject: Subject,
     cache: Any,
     tokens: Tensor,
@@ -216,8 +217,11 @@ def _captured(
     mask: Tensor | None,
     steps: int,
 ) -> CapturedStep | None:
-    """The remaining ``steps`` as replays of one graph, or None where that is not possible."""
-    if tokens.device.type != "cuda":
+    """The ``steps`` to come as replays of one graph, or None where that is not possible.
+
+    Arguments as :class:`CapturedStep` has them; the log says why not, but for want of a GPU.
+    """
+    if tokens.device.type != "cuda" or not isinstance(cache, LatentCache):
         return None
     first = None if mask is None else (mask == 0).sum(dim=-1, dtype=torch.int32)
     try:

@@ -195,7 +195,7 @@ def coded_weights(
         if measure == "absmax":
             return plain
         sigma = sample.flatten(0, -2).std(0).float()
-        step = sigma * 4 / 2.0 ** plain.layout.bits()
+        step = sigma * 4 / 2.0 ** plain.layout.bits(sigma.device)
         return replace(plain, step=step, weight=1 / sigma)
 
     first = (values.shape[-1] + 1) // 2

@@ -54,3 +54,6 @@ FP16_LATENTS = 0.1
 CODED_OP = 2e-3
 """Relative error of attention over codes against float64 on the same codes: codes are exact in
 float16, all else is rounded as FP16_OP has it."""
+
+FP16_NLL = 2e-3
+"""Mean log-likelihood of 1800 tokens along two orders of float16 sums; a code may move as well."""

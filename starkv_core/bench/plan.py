@@ -70,7 +70,7 @@ def coded_work(
     score_tiles = exact_tiles + room // _SCORE_TILE
     value_room = row_width(codes.values.layout.channels)
     blocks = -(-heads // 64)
-    parts = blocks * sum(-(-s.channels // _MIX_WIDTH) for s in codes.values.layout.sections)
+    parts = blocks * min(-(-s.channels // _MIX_WIDTH) for s in codes.values.layout.sections)
     splits, _ = splits_of(tiles(tokens), parts * batch, PROCESSORS * _MIX_PROGRAMS)
     per_head = (
         2 * (room + exact_tiles * _EXACT_TILE)  # p

@@ -16,9 +16,11 @@ from starkv_core.errors import RunFailure, UserError
 from starkv_core.eval import perplexity as module
 from starkv_core.eval.perplexity import Windows, cut_windows, perplexity
 from starkv_core.eval.text import read_eval_text
+from starkv_core.models import load
 from starkv_core.run import dense_of
 from tests import models
 from tests.standin import StandinSubject, make_subject
+from tests.tolerances import FP16_NLL
 
 TEXT = "Ünïcode text, 第一章: the quick brown fox.\n\nA second paragraph 👍🏽 follows here.\n" * 5
 
@@ -218,3 +220,24 @@ def test_compressed_modes_agree_and_differ_from_dense(family: str) -> None:
     dense = perplexity(dense_of(subject), windows)
     assert abs(dense.nll - results["prefill"].nll) > 1e-3
     assert results["token"].cache.tokens == 16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dense", "latents", "codes"])
+def test_replayed_steps_predict_what_single_steps_do(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded model token by token, as replays of a graph and without one."""
+    loaded = load(None, device="cuda", dtype="float16")
+    subject = models.deployed(loaded, dtype=torch.float16)
+    if kind == "codes":
+        subject = models.coded(subject, bits=(8, 4), sinks=4, window=32)
+    elif kind == "dense":
+        subject = dense_of(subject)
+    text = read_eval_text(loaded.tokenizer)
+    windows = cut_windows(loaded.tokenizer, text, 600, 3)
+    replayed = perplexity(subject, windows, mode="token", batch=3)
+    monkeypatch.setattr(module, "captured_steps", lambda *args: None)
+    single = perplexity(subject, windows, mode="token", batch=3)
+    assert abs(replayed.nll - single.nll) < FP16_NLL
+    assert replayed.cache == single.cache

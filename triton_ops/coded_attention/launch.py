@@ -225,7 +225,8 @@ def coded_attention_triton(
     value_room, width = up.shape[-1], min(64, power(all_columns))
     blocks = -(-all_columns // width)
     n = tuning.mix["N"]
-    parts = sum(-(-span.channels // n) for span in factors.value_spans) * blocks
+    # Sections run one after the other: the smallest has to fill the GPU.
+    parts = min(-(-span.channels // n) for span in factors.value_spans) * blocks
     splits, per = splits_of(room // TILE, parts * batch, processors * tuning.mix_programs)
     of_exact = 1 if rows else 0
     mixed = torch.empty(
