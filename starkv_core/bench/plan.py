@@ -17,7 +17,7 @@ from triton_ops.latent_attention.tuning import PROCESSORS, splits_of
 from triton_ops.latent_codes import TILE, LayerCodes, tiles
 
 # Of the kernels over codes (triton_ops/coded_attention/launch.py, which needs Triton).
-_EXACT_TILE, _SCORE_TILE, _MIX_WIDTH, _MIX_PROGRAMS = 64, 256, 128, 3
+_EXACT_TILE, _SCORE_TILE, _MIX_WIDTH, _MIX_PROGRAMS = 64, 256, 128, 2
 _KEPT_FREE = 512 << 20  # for the driver, graphs and libraries
 
 

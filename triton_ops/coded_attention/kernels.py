@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from triton_ops.coded_attention.ptx import mixable
+from triton_ops.coded_attention.ptx import plane_bits
 from triton_ops.latent_attention.kernels import LIFT
 
 
@@ -84,6 +84,12 @@ def _unpacked(low, other, top, low_shift, top_shift, middle, BITS: tl.constexpr,
             2,
         )
     return x_0, x_1, y_0, y_1
+
+
+@triton.jit
+def _beside(x, y, N: tl.constexpr, K: tl.constexpr):
+    """``[N, K / 2]`` twice as ``[N, K]``; registers stay where they are."""
+    return tl.reshape(tl.permute(tl.join(x, y), 0, 2, 1), [N, K])
 
 
 @triton.jit
@@ -298,13 +304,13 @@ def coded_rebuilt_scores(
     cos = tl.load(cos_ptr + j[:, None] * HALF_P + freq[None, :])
     sin = tl.load(sin_ptr + j[:, None] * HALF_P + freq[None, :])
     word = tl.arange(0, K // 2)
+    # Even channels, then odd ones: the first and then the second bytes of words.
+    lane = tl.arange(0, K) % (K // 2) * 2 + tl.arange(0, K) // (K // 2)
     both = tl.arange(0, 2 * HALF_P)
     place = both // HALF_P * HALF + both % HALF_P
     solid = (both % HALF_P < HALF)[None, :]
-    # Even and odd channels: the first and the second bytes of words.
-    u_at = up_ptr + (entry * K + 2 * word)[:, None] * (2 * HALF) + place[None, :]
-    u_0 = tl.load(u_at, mask=solid, other=0.0).to(tl.float16)
-    u_1 = tl.load(u_at + 2 * HALF, mask=solid, other=0.0).to(tl.float16)
+    u_at = up_ptr + (entry * K + lane)[:, None] * (2 * HALF) + place[None, :]
+    u = tl.load(u_at, mask=solid, other=0.0).to(tl.float16)
     b_at = bias_ptr + entry * (2 * HALF) + freq
     b0 = tl.load(b_at, mask=real, other=0.0).to(tl.float16)[None, :]
     b1 = tl.load(b_at + HALF, mask=real, other=0.0).to(tl.float16)[None, :]
@@ -332,8 +338,7 @@ def coded_rebuilt_scores(
         g_at = g_base + tile * (groups * 512) + part * 128
 
         x_0, x_1, y_0, y_1 = _unpacked(low, second, top, shift, third, middle, BITS, PTX)
-        k = tl.dot(x_0, u_0, out_dtype=tl.float16)
-        k = tl.dot(x_1, u_1, k, out_dtype=tl.float16)
+        k = tl.dot(_beside(x_0, x_1, 64, K), u, out_dtype=tl.float16)
         k0, k1 = tl.split(tl.permute(tl.reshape(k, [64, 2, HALF_P]), 0, 2, 1))
         if SCALED:
             g = tl.load(g_at + 64 + j)[:, None]
@@ -345,8 +350,7 @@ def coded_rebuilt_scores(
         s = tl.dot(k1 * cos + k0 * sin, q1_here, s)
         tl.store(s_col + slot + 64 + j[:, None], s * (scale * q_unit), mask=live)
 
-        k = tl.dot(y_0, u_0, out_dtype=tl.float16)
-        k = tl.dot(y_1, u_1, k, out_dtype=tl.float16)
+        k = tl.dot(_beside(y_0, y_1, 64, K), u, out_dtype=tl.float16)
         k0, k1 = tl.split(tl.permute(tl.reshape(k, [64, 2, HALF_P]), 0, 2, 1))
         if SCALED:
             g = tl.load(g_at + 63 - j)[:, None]
@@ -457,18 +461,18 @@ def exact_scores(
     tl.store(mass_ptr + own * n_tiles + tile, tl.sum(p, 0), mask=live)
 
 
-_mixable_ptx = triton.constexpr_function(mixable)
+_bits_ptx = triton.constexpr_function(plane_bits)
 
 
 @triton.jit
-def _mixable(words, SHIFT: tl.constexpr, MASK: tl.constexpr, PTX: tl.constexpr):
-    """Bits of the first and of the second bytes of words, as fp16 below the normal numbers.
+def _bits(words, SHIFT: tl.constexpr, MASK: tl.constexpr, N: tl.constexpr, PTX: tl.constexpr):
+    """Bits of 64 slots from words ``[N, 32]``, as fp16 ``[N, 64]`` below the normal numbers.
 
     A code's bits are the mantissa of such a number: nothing has to be added or taken off.
     """
     if PTX:
         x_0, x_1 = tl.inline_asm_elementwise(
-            _mixable_ptx(SHIFT, MASK),
+            _bits_ptx(SHIFT, MASK),
             "=r,=r,r",
             [words],
             (tl.float16, tl.float16),
@@ -479,7 +483,29 @@ def _mixable(words, SHIFT: tl.constexpr, MASK: tl.constexpr, PTX: tl.constexpr):
         bits = (words.to(tl.int32) & 0xFFFF) << 1 >> 1 + SHIFT
         x_0 = (bits & MASK).to(tl.uint16).to(tl.float16, bitcast=True)
         x_1 = (bits >> 8 & MASK).to(tl.uint16).to(tl.float16, bitcast=True)
-    return x_0, x_1
+    return _beside(x_0, x_1, N, 64)
+
+
+@triton.jit
+def _codes_64(
+    words,
+    top,
+    NUMBER: tl.constexpr,  # of the 64 slots within the 512 of a byte of the top plane
+    BITS: tl.constexpr,
+    MIDDLE_2: tl.constexpr,
+    N: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Codes of 64 slots in units of fp16's smallest number, or twice the codes less MIDDLE_2."""
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    TWICE: tl.constexpr = 1 if MIDDLE_2 else 0  # the middle may end in a half
+    x = _bits(words, NUMBER * LOW % 8 - TWICE, (2**LOW - 1) << TWICE, N, PTX)
+    if BITS == 3:
+        place = tl.full([1, 1], 2.0 ** (2 + TWICE - NUMBER), tl.float16)
+        x += _bits(top, 0, 1 << NUMBER, N, PTX) * place
+    if MIDDLE_2:
+        x -= tl.full([1, 1], MIDDLE_2 * 2.0**-24, tl.float16)
+    return x
 
 
 @triton.jit
@@ -511,6 +537,7 @@ def mix_codes(
     COLS: tl.constexpr,
     BITS: tl.constexpr,
     MIDDLE_2: tl.constexpr,  # twice middle if SCALED, else 0
+    K: tl.constexpr,  # slots of a product: 64, or 128 where a row of bytes has them
     SCALED: tl.constexpr,
     PTX: tl.constexpr,
     STAGES: tl.constexpr,
@@ -530,14 +557,14 @@ def mix_codes(
     live = (cols < columns)[:, None]
     zeros = tl.zeros([COLS], tl.int64)
     j = tl.arange(0, 32)
-    p_base = p_ptr + (row * columns + cols).to(tl.int64)[:, None] * p_room + j[None, :]
+    p_base = p_ptr + (row * columns + cols).to(tl.int64)[:, None] * p_room
     w_at = (row * columns + cols) * n_tiles
     c_base = code_ptr + row * (code_batch // 2)
     c_lane = channel[:, None] * 32 + j[None, :]
     held = (channel < channels)[:, None]
-    TWICE: tl.constexpr = 1 if SCALED else 0  # codes are doubled: middle may end in a half
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
     ROWS: tl.constexpr = LOW // 2  # of bytes of the low plane in 256 slots
+    PER: tl.constexpr = 4 // ROWS  # times 64 slots in a row of bytes
     # The bits of a byte of the top plane are of 512 slots, and shifts have to be known.
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
     mixed = tl.zeros([N, COLS], tl.float32)
@@ -547,7 +574,7 @@ def mix_codes(
     for unit in tl.range(first, units, HALVES, num_stages=STAGES):
         c_at = c_base + unit // 2 * (tile_bytes_64 * 32) + c_lane
         row_at = c_at + unit % 2 * (ROWS * 32 * channels)
-        g_at = scale_ptr + row * scale_batch + unit // 2 * (groups * 512) + j
+        g_at = scale_ptr + row * scale_batch + unit // 2 * (groups * 512)
         if BITS == 3:
             top = tl.load(c_at + top_plane_64 * 32, mask=held, other=0)
         for half in tl.static_range(HALVES):
@@ -558,27 +585,25 @@ def mix_codes(
             part = tl.zeros([N, COLS], tl.float32)
             for r in tl.static_range(ROWS):
                 words = tl.load(row_at + (half * ROWS + r) * (32 * channels), mask=held, other=0)
-                for m in tl.static_range(4 // ROWS):
-                    slot = (unit + half) * 256 + (r * 4 // ROWS + m) * 64
-                    # What the softmax leaves out is not even written.
+                if BITS != 3:
+                    top = words
+                for m in tl.static_range(0, PER, K // 64 if PER * 64 > K else PER):
+                    slot = (unit + half) * 256 + (r * PER + m) * 64
+                    x = _codes_64(words, top, half * 4 + m, BITS, MIDDLE_2, N, PTX)
+                    if K == 128 and PER > 1:
+                        y = _codes_64(words, top, half * 4 + m + 1, BITS, MIDDLE_2, N, PTX)
+                        x = _beside(x, y, N, 128)
                     here = ((cols < columns) & (slot + zeros < coded))[:, None]
-                    x_0, x_1 = _mixable(words, m * LOW - TWICE, (2**LOW - 1) << TWICE, PTX)
-                    if BITS == 3:
-                        y_0, y_1 = _mixable(top, 0, 1 << half * 4 + m, PTX)
-                        place = tl.full([1, 1], 2.0 ** (2 + TWICE - half * 4 - m), tl.float16)
-                        x_0 += y_0 * place
-                        x_1 += y_1 * place
+                    # What the softmax leaves out is not even written.
+                    if K == 128 and PER > 1:
+                        spot = tl.arange(0, 128)
+                        here &= (slot + spot < tl.cdiv(coded, 64) * 64)[None, :]
+                    else:
+                        spot = tl.arange(0, 64)
+                    p = tl.load(p_base + slot + spot[None, :], mask=here, other=0.0)
                     if SCALED:
-                        x_0 -= tl.full([1, 1], MIDDLE_2 * 2.0**-24, tl.float16)
-                        x_1 -= tl.full([1, 1], MIDDLE_2 * 2.0**-24, tl.float16)
-                    p = tl.load(p_base + slot, mask=here, other=0.0)
-                    if SCALED:
-                        p = _scaled(p, g_at + slot % 512)
-                    part = tl.dot(x_0, tl.trans(p), part)
-                    p = tl.load(p_base + slot + 32, mask=here, other=0.0)
-                    if SCALED:
-                        p = _scaled(p, g_at + slot % 512 + 32)
-                    part = tl.dot(x_1, tl.trans(p), part)
+                        p = _scaled(p, g_at + slot % 512 + spot)
+                    part = tl.dot(x, tl.trans(p), part)
             mixed += part * weight[None, :]
     step_of = tl.load(step_ptr + channel, mask=channel < channels, other=0.0)
     mixed *= 2.0 ** (23 + LIFT) if SCALED else 2.0**24

@@ -35,10 +35,15 @@ class Tuning:
     rebuilt: Mapping[str, int] = field(
         default_factory=lambda: {"STAGES": 3, "num_warps": 4, "maxnreg": 168}
     )
-    mix: Mapping[str, int] = field(default_factory=lambda: {"N": 128, "STAGES": 3, "num_warps": 4})
+    mix: Mapping[str, int] = field(
+        default_factory=lambda: {"N": 128, "K": 64, "STAGES": 3, "num_warps": 4}
+    )
+    mix_3: Mapping[str, int] = field(
+        default_factory=lambda: {"N": 128, "K": 64, "STAGES": 2, "num_warps": 4}
+    )
     band_programs: int = 3
     rebuilt_programs: int = 3
-    mix_programs: int = 3
+    mix_programs: int = 2
     processors: int | None = None
 
 
@@ -224,9 +229,10 @@ def coded_attention_triton(
     up = factors.padded_value_up
     value_room, width = up.shape[-1], min(64, power(all_columns))
     blocks = -(-all_columns // width)
-    n = tuning.mix["N"]
+    mixes = [tuning.mix_3 if span.bits == 3 else tuning.mix for span in factors.value_spans]
     # Sections run one after the other: the smallest has to fill the GPU.
-    parts = min(-(-span.channels // n) for span in factors.value_spans) * blocks
+    pairs = zip(factors.value_spans, mixes, strict=True)
+    parts = min(-(-span.channels // mix["N"]) for span, mix in pairs) * blocks
     splits, per = splits_of(room // TILE, parts * batch, processors * tuning.mix_programs)
     of_exact = 1 if rows else 0
     mixed = torch.empty(
@@ -251,11 +257,11 @@ def coded_attention_triton(
             COLS=width,
             **_MIX_EXACT,
         )
-    for span, group in zip(factors.value_spans, factors.value_groups, strict=True):
+    for span, group, mix in zip(factors.value_spans, factors.value_groups, mixes, strict=True):
         last = span.first + span.channels == factors.value_up.shape[-1]
         covered = value_room - span.first if last else span.channels  # padding becomes 0
         scaled = bool(values.scales.shape[2])
-        kernels.mix_codes[(-(-covered // n) * blocks, splits, batch)](
+        kernels.mix_codes[(-(-covered // mix["N"]) * blocks, splits, batch)](
             p,
             top[..., before:],
             mass[..., before:],
@@ -284,7 +290,7 @@ def coded_attention_triton(
             MIDDLE_2=int(2 * span.middle) if scaled else 0,
             SCALED=scaled,
             PTX=device.type == "cuda",
-            **tuning.mix,
+            **mix,
         )
     return expanded(mixed, total, up, q.dtype, _EXPAND, n_query)
 

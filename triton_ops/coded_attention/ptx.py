@@ -15,7 +15,7 @@ _SPREAD = """
     sub.f16x2 ${next}, ${next}, m;"""
 
 
-def mixable(shift: int, mask: int) -> str:
+def plane_bits(shift: int, mask: int) -> str:
     """PTX that shifts bytes right by ``shift`` (-1: left by 1) and leaves the bits of ``mask``.
 
     Registers: $0, $1 first and second bytes; $2 two words.
