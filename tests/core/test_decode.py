@@ -363,7 +363,7 @@ def test_replayed_steps_code_what_single_steps_code() -> None:
     short = (found.amax(-1) - found.gather(-1, told[..., None])[..., 0]) / found.std(-1)
     ends = torch.isin(told, torch.tensor(end_tokens(subject), device="cuda"))
     alive = ends.cumsum(-1) - ends.int() == 0  # what follows an end is padding
-    assert int(alive.sum()) > 200
+    assert int(alive.sum()) > 100
     assert float(short[alive].max()) < NEAR_TIE
     single.reserve(2, 450 + 200, torch.device("cuda"))
     for number, (ours, theirs) in enumerate(zip(cache.layers, single.layers, strict=True)):
