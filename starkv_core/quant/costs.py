@@ -30,10 +30,16 @@ _PROBE_BITS = 3  # fine enough for the KL to grow as the errors do, coarse enoug
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def coding_costs(side: Side, widths: Sequence[int]) -> dict[int, torch.Tensor]:
-    """Cost of every channel's errors by bits, 0 for a dropped one; float64 ``[R]`` each."""
+def coding_costs(
+    side: Side, widths: Sequence[int], device: torch.device | None = None
+) -> dict[int, torch.Tensor]:
+    """Cost of every channel's errors by bits, 0 for a dropped one; float64 ``[R]`` each.
+
+    Args:
+        device: to search for steps on; None is where the side lies.
+    """
     energy = side.rows.double().square().mean(0).clamp_min(1e-24)
-    share = {bits: best_steps(side.rows, bits)[1] / energy for bits in widths}
+    share = {bits: best_steps(side.rows, bits, device)[1] / energy for bits in widths}
     return {0: side.worth, **{bits: side.worth * part for bits, part in share.items()}}
 
 
@@ -66,7 +72,7 @@ def sensitivities(
 
     def probed(side: Side, name: str) -> CodedSide:
         bits = torch.full((side.channels,), _PROBE_BITS)
-        return code_side(side, name, bits, scheme, dtype)
+        return code_side(side, name, bits, scheme, dtype, subject.device)
 
     plain: dict[int, LatentWeights] = {}
     for i, (keys, values) in sides.items():
@@ -96,7 +102,7 @@ def sensitivities(
                     float(distillation_loss(a, b, head))
                     for a, b in zip(states({**plain, i: coded}), exact, strict=True)
                 ) / len(rows)
-                cost = float(coding_costs(side, [_PROBE_BITS])[_PROBE_BITS].sum())
+                cost = float(coding_costs(side, [_PROBE_BITS], subject.device)[_PROBE_BITS].sum())
                 weighed.append((max(kl, 1e-9) / cost / float(side.worth.sum())) ** 0.5)
                 task.advance()
             found[i] = (weighed[0], weighed[1])

@@ -99,11 +99,11 @@ class QuantLayer:
         def to(tensor: torch.Tensor | None) -> Any:
             return None if tensor is None else tensor.to(device=device, dtype=dtype)
 
-        index, key_up = self._per_head()
+        index = self._key_index()
         return LatentWeights(
             key_down=to(self.keys.down),
             key_index=index.to(device=device),
-            key_up=to(key_up),
+            key_up=to(self.keys.per_head(index.to(self.keys.up.device), self.heads)),
             key_bias=to(self.keys.bias),
             value_down=to(self.values.down),
             value_up=to(self.values.up.unflatten(0, (self.heads, -1))),
@@ -114,24 +114,22 @@ class QuantLayer:
             codes=self.codes.to(device),
         )
 
-    def _per_head(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Channels ``[H, r]`` of each head, padded with 0, and ``U_h [H, D, r]``, padded alike."""
+    def _key_index(self) -> torch.Tensor:
+        """Channels ``[H, r]`` of each head, padded with 0."""
         owners = len(self.keys.counts)
-        members = self.heads // owners
-        lanes = self.keys.up.unflatten(0, (members, -1))
         own = [(self.keys.owner == g).nonzero()[:, 0] for g in range(owners)]
         widest = max(map(len, own))
-        index, ups = [], []
-        for head in range(self.heads):
-            channels = own[head // members]
-            pad = (0, widest - len(channels))
-            index.append(F.pad(channels, pad))
-            ups.append(F.pad(lanes[head % members][:, channels.to(lanes.device)], pad))
-        return torch.stack(index), torch.stack(ups)
+        padded = torch.stack([F.pad(channels, (0, widest - len(channels))) for channels in own])
+        return padded.repeat_interleave(self.heads // owners, 0)
 
 
 def code_side(
-    side: Side, name: str, bits: torch.Tensor, scheme: Scheme, dtype: torch.dtype
+    side: Side,
+    name: str,
+    bits: torch.Tensor,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
 ) -> CodedSide:
     """Put a side into stored order and give it its quantiser.
 
@@ -141,6 +139,7 @@ def code_side(
         bits: int64 ``[R]``; channels of 0 bits are dropped.
         scheme: of the quantiser.
         dtype: that factors will have.
+        device: to search for steps on; None is where the side lies.
     """
     owners = side.owner if name == "key" else torch.zeros_like(side.owner)
     span = int(owners.max()) + 1
@@ -151,7 +150,7 @@ def code_side(
     if scheme.name == "paper":
         step, weight = torch.ones(len(bits)), 1.0 / (2.0 ** (bits - 1) - 1.0)
     else:
-        step, weight = _fitted(side.rows, bits, layout.groups)
+        step, weight = _fitted(side.rows, bits, layout.groups, device)
     codec = make_codec(layout, step.float(), weight.float(), scheme.name)
     return CodedSide(
         side.down.to(dtype),
@@ -174,7 +173,7 @@ def scale_groups(bits: torch.Tensor, owners: torch.Tensor, scales: str) -> tuple
 
 
 def _fitted(
-    rows: torch.Tensor, bits: torch.Tensor, groups: Sequence[int]
+    rows: torch.Tensor, bits: torch.Tensor, groups: Sequence[int], device: torch.device | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Steps and weights of least error on a sample of latents."""
     weight = 1.0 / rows.double().square().mean(0).sqrt().clamp_min(1e-12)
@@ -182,7 +181,7 @@ def _fitted(
     step = torch.zeros(len(bits), dtype=torch.float64)
     for width in sorted(set(bits.tolist())):
         mine = bits == width
-        step[mine] = best_steps(scaled[:, mine], width)[0]
+        step[mine] = best_steps(scaled[:, mine], width, device)[0]
     return step, weight
 
 

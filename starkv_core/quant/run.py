@@ -407,8 +407,8 @@ def quantise(
         bits = allocated(subject, sides, worth, scheme, limit, tokens)
     return {
         i: QuantLayer(
-            code_side(sides[i][0], "key", bits[i][0], scheme, subject.base.dtype),
-            code_side(sides[i][1], "value", bits[i][1], scheme, subject.base.dtype),
+            code_side(sides[i][0], "key", bits[i][0], scheme, subject.base.dtype, subject.device),
+            code_side(sides[i][1], "value", bits[i][1], scheme, subject.base.dtype, subject.device),
             subject.spec.n_kv_heads,
             subject.weights[i].key_eps,
             scheme,
@@ -457,7 +457,9 @@ def allocated(
     places: list[tuple[int, int, int]] = []
     for i, pair in sides.items():
         for number, (side, weight) in enumerate(zip(pair, worth[i], strict=True)):
-            costs = {b: c * weight for b, c in coding_costs(side, scheme.widths).items()}
+            costs = {
+                b: c * weight for b, c in coding_costs(side, scheme.widths, subject.device).items()
+            }
             if number == 0:
                 owners = int(side.owner.max()) + 1
                 groups.append(key_options(costs, scheme.widths, room, kept, owners))
