@@ -12,12 +12,10 @@ from starkv_core.bench.shapes import key_layout
 from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import LayerRanks
 from triton_ops.coded_attention import CodedFactors
-from triton_ops.latent_attention import row_width, workspace_bytes
-from triton_ops.latent_attention.tuning import PROCESSORS, splits_of
-from triton_ops.latent_codes import TILE, LayerCodes, tiles
+from triton_ops.coded_attention import workspace_bytes as coded_workspace_bytes
+from triton_ops.latent_attention import workspace_bytes
+from triton_ops.latent_codes import LayerCodes
 
-# Of the kernels over codes (triton_ops/coded_attention/launch.py, which needs Triton).
-_EXACT_TILE, _SCORE_TILE, _MIX_WIDTH, _MIX_PROGRAMS = 64, 256, 128, 2
 _KEPT_FREE = 512 << 20  # for the driver, graphs and libraries
 
 
@@ -65,22 +63,14 @@ def coded_work(
         owner: int64 ``[R]``, the group of key heads of each stored channel.
         tokens: that the cache has room for.
     """
-    heads, room = spec.n_heads, tiles(tokens) * TILE
-    exact_tiles = -(-(codes.sinks + codes.window) // _EXACT_TILE)
-    score_tiles = exact_tiles + room // _SCORE_TILE
-    value_room = row_width(codes.values.layout.channels)
-    blocks = -(-heads // 64)
-    parts = blocks * min(-(-s.channels // _MIX_WIDTH) for s in codes.values.layout.sections)
-    splits, _ = splits_of(tiles(tokens), parts * batch, PROCESSORS * _MIX_PROGRAMS)
-    per_head = (
-        2 * (room + exact_tiles * _EXACT_TILE)  # p
-        + 8 * score_tiles  # tops and masses
-        + 4  # totals
-        + (4 * (splits + 1) + 2) * value_room  # mixed values of the splits, and their sum
-        + 2 * spec.head_dim
+    return coded_workspace_bytes(
+        codes,
+        _segments(codes, owner, spec.n_kv_heads, spec.group),
+        batch=batch,
+        heads=spec.n_heads,
+        dim=spec.head_dim,
+        tokens=tokens,
     )
-    segments = _segments(codes, owner, spec.n_kv_heads, spec.group)
-    return batch * (4 * segments * room + heads * per_head)
 
 
 @lru_cache(maxsize=256)  # plans ask for the layers of a model again and again

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
 import torch
 
 from triton_ops.coded_attention import kernels
 from triton_ops.coded_attention.op import Coded
 from triton_ops.coded_attention.ptx import levels
 from triton_ops.coded_attention.tables import BandTable, CodedFactors, Span
+from triton_ops.coded_attention.tuning import EXACT, PART, SCORES, Tuning, mix_splits
 from triton_ops.latent_attention import kernels as common
 from triton_ops.latent_attention.launch import LOG2_E, SOFTMAX_COLUMNS, expanded, options_for
 from triton_ops.latent_attention.layout import ALIGN, NARROW, PIECE, PIECE_HEADS, power
@@ -18,33 +16,8 @@ from triton_ops.latent_attention.rope import RopeTables
 from triton_ops.latent_attention.tuning import processors_of, splits_of
 from triton_ops.latent_codes import TILE
 
-PART = 128  # slots of a step of the kernels over codes
-EXACT = 64  # rows of a tile that are not coded
-_SOFTMAX = {"T": 256, "num_warps": 4}
 _EXPAND = {"N": 32, "K": 256, "STAGES": 3, "num_warps": 4}
 _MIX_EXACT = {"T": EXACT, "N": 128, "STAGES": 2, "num_warps": 4}
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Tile sizes; programs that one multiprocessor runs at once; multiprocessors (None: asked)."""
-
-    band: Mapping[str, int] = field(
-        default_factory=lambda: {"STAGES": 3, "num_warps": 4, "maxnreg": 168}
-    )
-    rebuilt: Mapping[str, int] = field(
-        default_factory=lambda: {"STAGES": 3, "num_warps": 4, "maxnreg": 168}
-    )
-    mix: Mapping[str, int] = field(
-        default_factory=lambda: {"N": 128, "K": 64, "STAGES": 3, "num_warps": 4}
-    )
-    mix_3: Mapping[str, int] = field(
-        default_factory=lambda: {"N": 128, "K": 64, "STAGES": 2, "num_warps": 4}
-    )
-    band_programs: int = 3
-    rebuilt_programs: int = 3
-    mix_programs: int = 2
-    processors: int | None = None
 
 
 def coded_attention_triton(
@@ -148,13 +121,12 @@ def coded_attention_triton(
             )
     rows = keys.exact.shape[1]
     before = -(-rows // EXACT)  # tiles of rows that are not coded stand before those of codes
-    tile = _SOFTMAX["T"]
-    n_tiles = before + room // tile
+    n_tiles = before + room // SCORES
     p = torch.empty(batch, all_columns, room, dtype=torch.float16, device=device)
     top = torch.empty(batch, all_columns, n_tiles, dtype=torch.float32, device=device)
     mass = torch.empty_like(top)
     of_mask = (0, 0, 0) if mask is None else (*mask.stride()[:2], mask.shape[-1])
-    common.tile_softmax[(-(-all_columns // SOFTMAX_COLUMNS), room // tile, batch)](
+    common.tile_softmax[(-(-all_columns // SOFTMAX_COLUMNS), room // SCORES, batch)](
         segment_of,
         scores,
         filled,
@@ -175,7 +147,8 @@ def coded_attention_triton(
         COLS=SOFTMAX_COLUMNS,
         MOST=most,
         MASK=mask is not None,
-        **_SOFTMAX,
+        T=SCORES,
+        num_warps=4,
     )
     exact_p = torch.empty(batch, all_columns, before * EXACT, dtype=torch.float16, device=device)
     if rows:
@@ -222,18 +195,15 @@ def coded_attention_triton(
         coded,
         n_tiles,
         before,
-        T=tile,
+        T=SCORES,
         BLOCK=power(min(n_tiles, 1024)),
         num_warps=1,
     )
     up = factors.padded_value_up
     value_room, width = up.shape[-1], min(64, power(all_columns))
     blocks = -(-all_columns // width)
-    mixes = [tuning.mix_3 if span.bits == 3 else tuning.mix for span in factors.value_spans]
-    # Sections run one after the other: the smallest has to fill the GPU.
-    pairs = zip(factors.value_spans, mixes, strict=True)
-    parts = min(-(-span.channels // mix["N"]) for span, mix in pairs) * blocks
-    splits, per = splits_of(room // TILE, parts * batch, processors * tuning.mix_programs)
+    sections = factors.codes.values.layout.sections
+    splits, per = mix_splits(tuning, sections, batch, all_columns, room // TILE, processors)
     of_exact = 1 if rows else 0
     mixed = torch.empty(
         batch, of_exact + splits, all_columns, value_room, dtype=torch.float32, device=device
@@ -257,7 +227,8 @@ def coded_attention_triton(
             COLS=width,
             **_MIX_EXACT,
         )
-    for span, group, mix in zip(factors.value_spans, factors.value_groups, mixes, strict=True):
+    for span, group in zip(factors.value_spans, factors.value_groups, strict=True):
+        mix = tuning.mix_of(span.bits)
         last = span.first + span.channels == factors.value_up.shape[-1]
         covered = value_room - span.first if last else span.channels  # padding becomes 0
         scaled = bool(values.scales.shape[2])

@@ -8,6 +8,7 @@ import torch
 
 from triton_ops.backends import launching_on
 from triton_ops.coded_attention.tables import CodedFactors
+from triton_ops.coded_attention.tuning import Tuning
 from triton_ops.latent_attention import KeyLayout, LatentFactors, latent_attention, row_width
 from triton_ops.latent_attention.rope import RopeTables
 from triton_ops.latent_codes import TILE, Codec, unpack
@@ -82,7 +83,7 @@ def coded_attention(
     _check(q, keys, values, factors, filled, coded)
     if backend == "triton":
         # Imported here: where Triton is missing the reference still runs.
-        from triton_ops.coded_attention.launch import Tuning, coded_attention_triton
+        from triton_ops.coded_attention.launch import coded_attention_triton
 
         if mask is not None:
             mask = mask[:, 0] if mask.stride(-1) == 1 else mask[:, 0].contiguous()
