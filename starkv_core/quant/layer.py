@@ -99,11 +99,11 @@ class QuantLayer:
         def to(tensor: torch.Tensor | None) -> Any:
             return None if tensor is None else tensor.to(device=device, dtype=dtype)
 
-        index = self._key_index()
+        index, real = (t.to(self.keys.up.device) for t in self._key_index())
         return LatentWeights(
             key_down=to(self.keys.down),
             key_index=index.to(device=device),
-            key_up=to(self.keys.per_head(index.to(self.keys.up.device), self.heads)),
+            key_up=to(per_head(self.keys.up, index, real, len(self.keys.counts))),
             key_bias=to(self.keys.bias),
             value_down=to(self.values.down),
             value_up=to(self.values.up.unflatten(0, (self.heads, -1))),
@@ -114,13 +114,32 @@ class QuantLayer:
             codes=self.codes.to(device),
         )
 
-    def _key_index(self) -> torch.Tensor:
-        """Channels ``[H, r]`` of each head, padded with 0."""
+    def _key_index(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Channels ``[H, r]`` of each head, padded with 0, and the bool mask of real ones."""
         owners = len(self.keys.counts)
         own = [(self.keys.owner == g).nonzero()[:, 0] for g in range(owners)]
         widest = max(map(len, own))
-        padded = torch.stack([F.pad(channels, (0, widest - len(channels))) for channels in own])
-        return padded.repeat_interleave(self.heads // owners, 0)
+        index = torch.stack([F.pad(channels, (0, widest - len(channels))) for channels in own])
+        real = torch.arange(widest) < torch.tensor([[len(channels)] for channels in own])
+        members = self.heads // owners
+        return index.repeat_interleave(members, 0), real.repeat_interleave(members, 0)
+
+
+def per_head(
+    up: torch.Tensor, index: torch.Tensor, real: torch.Tensor, owners: int
+) -> torch.Tensor:
+    """``up [n, R]`` of keys as ``U_h [H, D, r]``, 0 where padded; differentiable.
+
+    Args:
+        index: int64 ``[H, r]``, channels of each head.
+        real: bool ``[H, r]``, False where padded.
+        owners: factorisations, each of as many heads in a row.
+    """
+    heads = len(index)
+    members = heads // owners
+    lanes = up.unflatten(0, (members, -1))  # [heads of a group, D, R]
+    member = torch.arange(heads, device=up.device) % members
+    return lanes[member[:, None], :, index].transpose(1, 2) * real[:, None, :]
 
 
 def code_side(

@@ -21,7 +21,7 @@ from starkv_core.calibrate.student import checkpointed
 from starkv_core.errors import RunFailure
 from starkv_core.progress import SILENT, Progress
 from starkv_core.quant.costs import seen
-from starkv_core.quant.layer import CodedSide, QuantLayer
+from starkv_core.quant.layer import CodedSide, QuantLayer, per_head
 from starkv_core.recipe import Recipe
 from starkv_core.surgery import WeightsOf, compressed
 
@@ -33,36 +33,58 @@ _SIDES = ("keys", "values")
 
 
 class _Coded(nn.Module):
-    """Masters in float32 of one quantised layer."""
+    """Masters in float32 of one quantised layer.
 
-    def __init__(self, layer: QuantLayer, device: Any) -> None:
+    Args:
+        layer: where they start.
+        dtype, device: of the model.
+    """
+
+    def __init__(self, layer: QuantLayer, dtype: torch.dtype, device: Any) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.dtype = layer, dtype
+        # What does not train is on the device once: copies in every forward would each wait for it.
+        self.start = layer.weights(dtype, device)
+        self.real = self.start.real_channels
         for side in _SIDES:
             for name in _TRAINED:
                 tensor = getattr(getattr(layer, side), name)
                 master = None if tensor is None else nn.Parameter(tensor.float().to(device))
                 self.register_parameter(f"{side}_{name}", master)
 
-    def live(self) -> QuantLayer:
-        """The layer with its masters in place, differentiable."""
+    def weights(self) -> LatentWeights:
+        """What attention reads, differentiable in the masters."""
+
+        def to(name: str) -> Any:
+            master = getattr(self, name)
+            return None if master is None else master.to(self.dtype)
+
+        masters: Any = self.keys_up
+        owners = len(self.layer.keys.counts)
+        up = per_head(masters, self.start.key_index, self.real, owners)
+        return replace(
+            self.start,
+            key_down=to("keys_down"),
+            key_up=up.to(self.dtype),
+            key_bias=to("keys_bias"),
+            value_down=to("values_down"),
+            value_up=to("values_up").unflatten(0, (self.layer.heads, -1)),
+            value_bias=to("values_bias"),
+        )
+
+    def deployed(self) -> QuantLayer:
+        """The layer as it is saved."""
 
         def side(name: str) -> CodedSide:
-            masters = {key: getattr(self, f"{name}_{key}") for key in _TRAINED}
-            return replace(getattr(self.layer, name), **masters)
+            down, up, bias = (getattr(self, f"{name}_{key}") for key in _TRAINED)
+            return replace(
+                getattr(self.layer, name),
+                down=down.detach().to("cpu", self.dtype),
+                up=up.detach().to("cpu", self.dtype),
+                bias=None if bias is None else bias.detach().cpu(),
+            )
 
         return replace(self.layer, keys=side("keys"), values=side("values"))
-
-    def deployed(self, dtype: torch.dtype) -> QuantLayer:
-        """The layer as it is saved."""
-        live = self.live()
-
-        def side(s: CodedSide) -> CodedSide:
-            bias = None if s.bias is None else s.bias.detach().cpu()
-            down, up = (t.detach().to("cpu", dtype) for t in (s.down, s.up))
-            return replace(s, down=down, up=up, bias=bias)
-
-        return replace(live, keys=side(live.keys), values=side(live.values))
 
 
 def recover(
@@ -87,7 +109,10 @@ def recover(
     """
     loaded, store = subject.base, subject.store_dtype
     attentions: Any = loaded.family.attentions(loaded.model)
-    coded = {i: _Coded(layer, attentions[i].q_proj.weight.device) for i, layer in layers.items()}
+    coded = {
+        i: _Coded(layer, loaded.dtype, attentions[i].q_proj.weight.device)
+        for i, layer in layers.items()
+    }
     o = recipe.optim
     groups = []
     for module in coded.values():
@@ -119,7 +144,7 @@ def recover(
                 piece = piece.to(loaded.device)
                 with torch.no_grad():
                     teacher = loaded.model.model(piece, use_cache=False)[0]
-                weights = {i: _weights_of(m, loaded.dtype, store) for i, m in coded.items()}
+                weights = {i: _weights_of(m, store) for i, m in coded.items()}
                 with compressed(loaded, weights, tables=tables) as model:
                     student = model.model(piece, use_cache=False)[0]
                     loss = distillation_loss(student, teacher, head) * (len(piece) / len(rows))
@@ -139,7 +164,7 @@ def recover(
             optimizer.zero_grad(set_to_none=True)
             found.append(total)
             task.advance(1, kl=total)
-    return {i: module.deployed(loaded.dtype) for i, module in coded.items()}, found
+    return {i: module.deployed() for i, module in coded.items()}, found
 
 
 def _batch(pool: torch.Tensor, step: int, recipe: Recipe) -> torch.Tensor:
@@ -152,11 +177,11 @@ def _batch(pool: torch.Tensor, step: int, recipe: Recipe) -> torch.Tensor:
     return pool[picked]
 
 
-def _weights_of(module: _Coded, dtype: torch.dtype, store: torch.dtype) -> WeightsOf:
+def _weights_of(module: _Coded, store: torch.dtype) -> WeightsOf:
     sinks = module.layer.scheme.sinks
 
     def weights() -> LatentWeights:
-        live = module.live().weights(dtype, module.keys_down.device)
+        live = module.weights()
         return replace(live, coding=_straight_through(live, sinks, store))
 
     return weights
