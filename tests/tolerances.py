@@ -19,6 +19,10 @@ FP16_OP = 2e-3
 """Relative error of latent attention in float16 against float64 on the same rounded inputs: cos,
 sin, A, B and their products are rounded to 2^-11, about six times; scores have unit variance."""
 
+FP16_OP_MANY = 3e-3
+"""The same where the largest of 256 rows counts: one row has 6e-4 in the median, 12 rows have up to
+1.5e-3 (eight seeds), and 2.29e-3 has been seen once of 256."""
+
 BF16_OP = 1e-2
 """The same in bfloat16: products with latents, probabilities, sums, outputs round to 2^-9 each."""
 
