@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from starkv_core.quant.basis import (
 from starkv_core.quant.costs import coding_costs
 from starkv_core.quant.layer import QuantLayer, code_side, stored_order
 from starkv_core.quant.measure import measure_latents
+from starkv_core.quant.recover import _Coded
 from starkv_core.quant.run import principal_sides
 from starkv_core.quant.scheme import make_scheme
 from starkv_core.run import Subject, deployed_subject
@@ -258,3 +259,29 @@ def test_a_shift_is_what_the_dtype_holds() -> None:
     assert torch.allclose(
         torch.einsum("hdr,r->hd", side.up, moved), coarse.bias - far.bias, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("group", [1, 2], ids=["head-wise", "shared by two heads"])
+def test_what_recovery_trains_starts_as_the_layer_and_reaches_every_factor(group: int) -> None:
+    """Against the layer's matrices as they are stored, head by head and channel by channel."""
+    loaded = models.model("qwen2")
+    subject = models.deployed(loaded, start={"slack": 0, "key_group": group})
+    _, made = in_basis(subject, STAR)
+    for _, _, layer in made.values():
+        module = _Coded(layer, torch.float32, "cpu")
+        weights, plain = module.weights(), layer.weights(torch.float32)
+        for field in fields(plain):
+            before, after = getattr(plain, field.name), getattr(weights, field.name)
+            assert not isinstance(before, torch.Tensor) or torch.equal(before, after)
+        heads, dim, _ = weights.key_up.shape
+        for head in range(heads):
+            own = (layer.keys.owner == head // group).nonzero()[:, 0].tolist()
+            lane = layer.keys.up[(head % group) * dim :][:dim]
+            assert weights.key_index[head, : len(own)].tolist() == own
+            assert torch.equal(weights.key_up[head, :, : len(own)], lane[:, own])
+            assert not weights.key_up[head, :, len(own) :].any()
+        (weights.down.sum() + weights.key_up.sum() + weights.value_up.sum()).backward()
+        for name in ("keys_down", "keys_up", "values_down", "values_up"):
+            assert bool((getattr(module, name).grad == 1).all())
+        kept = module.deployed()
+        assert torch.equal(kept.keys.up, layer.keys.up) and kept.values.codec is layer.values.codec

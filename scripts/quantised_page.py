@@ -1,0 +1,84 @@
+"""Write the tables of a results page anew from the records of quantised_quality.
+
+A table stands between `<!-- rows: FILE -->` and `<!-- end -->`; FILE, beside the page, holds one
+record a line.
+
+    python scripts/quantised_page.py docs/results/quantised.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from starkv_core.artifacts import write_text_atomic
+
+COLUMNS = (
+    "row", "base", "recovery", "cache ratio", "bytes a token", "bits, keys / values", "over dense",
+    "windows", "read", "pass-key", "key-value", "prompts",
+)  # fmt: skip
+ORDER = ("dense", "star", "paper", "kivi", "rtn")
+_TABLE = re.compile(r"(<!-- rows: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    page = Path(sys.argv[1])
+
+    def filled(found: re.Match[str]) -> str:
+        lines = (page.parent / found[2]).read_text(encoding="utf-8").splitlines()
+        return found[1] + table([json.loads(line) for line in lines]) + found[3]
+
+    write_text_atomic(page, _TABLE.sub(filled, page.read_text(encoding="utf-8")))
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Records as a table, by method and cache ratio."""
+    rows = [cells(record) for record in sorted(records, key=place)]
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def place(record: dict[str, Any]) -> tuple[int, float, float]:
+    """Where a record stands: its method, ratio and steps of recovery."""
+    steps = record.get("base", {}).get("recovery_steps", 0)
+    return ORDER.index(family(record)), round(record["ratio"], 1), steps
+
+
+def family(record: dict[str, Any]) -> str:
+    """Scheme of a run, or the baseline without its bits."""
+    return str(record["scheme"]["name"] if "scheme" in record else record["method"])
+
+
+def cells(record: dict[str, Any]) -> list[str]:
+    """One row of the table."""
+    base, bits, recalled = (record.get(k, {}) for k in ("base", "bits", "retrieval"))
+    width = re.fullmatch(r"(?:kivi|rtn)-(\d)", record["name"])
+    kernels = " (kernels)" if record.get("backend") == "triton" else ""
+    shown = f"{bits['keys']:.2f} / {bits['values']:.2f}" if bits else ""
+    return [
+        f"`{family(record)}`" if bits else f"`{record['name']}`",
+        f"{base['ratio']:g}" if base else "",
+        recovery(base),
+        f"{record['ratio']:.2f}",
+        f"{record['bytes_per_token']:.0f}",
+        f"{width[1]} / {width[1]}" if width else shown,
+        "" if record["name"] == "dense" else f"{record['increase']:+.1%}",
+        str(record["windows"]),
+        record["read"].split(",")[0] + kernels,
+        f"{recalled['passkey']:.0%}",
+        f"{recalled['kv']:.0%}",
+        str(record["retrieval_prompts"]),
+    ]
+
+
+def recovery(base: dict[str, Any]) -> str:
+    """Steps and tokens of a step that a run recovered by."""
+    steps = base.get("recovery_steps", 0)
+    return f"{steps} x {base['batch']} x {base['length']}" if steps else ""
+
+
+if __name__ == "__main__":
+    main()
