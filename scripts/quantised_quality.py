@@ -18,9 +18,9 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -108,8 +108,8 @@ class Measurement:
             mode = "token"
         else:
             opened = open_subject(name, device=self.device, model=self.model, backend=self.backend)
-            subject = with_prefill(opened, "exact")
-            read = subject if mode == "token" else with_prefill(subject, "coded")
+            subject = opened.with_prefill("exact")
+            read = subject if mode == "token" else subject.with_prefill("coded")
         found = perplexity(read, self.cut, mode=mode, batch=self.batch if mode == "token" else 1)
         cache = held(subject, self.cut)
         answers = [retrieval(subject, grid, batch=self.prompts) for grid in self.grids]
@@ -142,15 +142,6 @@ class Measurement:
             "versions": versions(),
             "hardware": {k: hardware()[k] for k in ("cores", "gpus")},
         }
-
-
-def with_prefill(subject: Subject, prefill: Literal["exact", "coded"]) -> Subject:
-    """The same with prompts that attend to exact latents or to what decode will see."""
-    weights = {
-        i: w if w.codes is None else replace(w, codes=replace(w.codes, prefill=prefill))
-        for i, w in subject.weights.items()
-    }
-    return replace(subject, weights=weights)
 
 
 @torch.no_grad()

@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -113,6 +113,14 @@ class Subject:
     def max_positions(self) -> int:
         """Longest context in tokens."""
         return self.spec.max_positions
+
+    def with_prefill(self, prefill: Literal["exact", "coded"]) -> Subject:
+        """The same with prompts that attend to exact latents, or to what decode will see."""
+        weights = {
+            i: w if w.codes is None else replace(w, codes=replace(w.codes, prefill=prefill))
+            for i, w in self.weights.items()
+        }
+        return replace(self, weights=weights)
 
     def active(self) -> AbstractContextManager[Any]:
         """Context in which the model runs compressed (for a dense subject, as it is)."""

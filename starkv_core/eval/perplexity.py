@@ -126,8 +126,9 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of ``subject``, ``batch`` windows at a time.
 
-    ``prefill`` predicts a window in one forward pass. ``token`` feeds it token by token, so that
-    every prediction reads what the cache holds.
+    ``prefill`` predicts a window in one forward pass; quantised latents are then read as decode
+    reads them (docs/design.md section 5), or their codes would not count at all. ``token`` feeds it
+    token by token, so that every prediction reads what the cache holds.
 
     Raises:
         UserError: a window exceeds the model's context.
@@ -136,6 +137,8 @@ def perplexity(
     count, window = windows.ids.shape
     check_context(subject, window, f"window {window}")
     negative_logs = _by_prefill if mode == "prefill" else _by_token
+    if mode == "prefill" and subject.compressed:
+        subject = subject.with_prefill("coded")
     total = 0.0
     cache_bytes: CacheBytes | None = None
     name = f"perplexity, {mode}, {subject.name}"

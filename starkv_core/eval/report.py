@@ -137,7 +137,8 @@ class Report:
         first = figures[0]
         rows = []
         for mode, result in first.perplexity.items():
-            label = f"perplexity ({mode}, {result.windows} x {result.window} tokens)"
+            read = "prefill of codes" if mode == "prefill" and self.document["bits"] else mode
+            label = f"perplexity ({read}, {result.windows} x {result.window} tokens)"
             rows.append([label, *(f"{f.perplexity[mode].ppl:.2f}" for f in figures)])
         for task, found in first.retrieval.items():
             for length in found.lengths:

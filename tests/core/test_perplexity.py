@@ -20,7 +20,7 @@ from starkv_core.models import load
 from starkv_core.run import dense_of
 from tests import models
 from tests.standin import StandinSubject, make_subject
-from tests.tolerances import FP16_NLL
+from tests.tolerances import FP16_NLL, FP32_LOGITS
 
 TEXT = "Ünïcode text, 第一章: the quick brown fox.\n\nA second paragraph 👍🏽 follows here.\n" * 5
 
@@ -156,6 +156,9 @@ class FakeCompressed(StandinSubject):
     compressed = True
     held: list[int]
 
+    def with_prefill(self, prefill: str) -> FakeCompressed:
+        return self
+
     def new_cache(self):
         cache = super().new_cache()
         cache.latent_tokens = lambda: self.held
@@ -220,6 +223,19 @@ def test_compressed_modes_agree_and_differ_from_dense(family: str) -> None:
     dense = perplexity(dense_of(subject), windows)
     assert abs(dense.nll - results["prefill"].nll) > 1e-3
     assert results["token"].cache.tokens == 16
+
+
+def test_prefill_of_codes_is_what_decode_reads() -> None:
+    """Prompts attend to exact latents; perplexity counts the codes all the same."""
+    plain = models.deployed(models.model("llama"))
+    subject = models.coded(plain, bits=(3, 2), sinks=2, window=5)
+    windows = Windows(models.ids(2, 60), 4.0)
+    prefill, token, exact = (
+        perplexity(of, windows, mode=mode, batch=2).nll
+        for of, mode in ((subject, "prefill"), (subject, "token"), (plain, "prefill"))
+    )
+    assert prefill == pytest.approx(token, abs=FP32_LOGITS)
+    assert abs(prefill - exact) > 10 * FP32_LOGITS
 
 
 @pytest.mark.gpu
