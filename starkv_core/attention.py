@@ -365,7 +365,11 @@ class CompressedAttention:
         while len(cache.layers) <= self.index:
             cache.layers.append(cache.layer_class_to_replicate())
         layer = cache.layers[self.index]
-        if type(layer) is not (LatentLayer if codes is None else PackedLayer):
+        fits = type(layer) is (LatentLayer if codes is None else PackedLayer)
+        if isinstance(layer, PackedLayer) and codes is not None:
+            held = layer.layer_codes
+            fits = held.keys.same(codes.keys) and held.values.same(codes.values)
+        if not fits:
             if layer.get_seq_length() > 0 or layer.get_max_length() >= 0:
                 raise RuntimeError(
                     f"layer {self.index}: this cache holds dense keys, or latents of another form, "

@@ -195,6 +195,11 @@ class _GrowingLayer(CacheLayerMixin):
             self.keys, self.values = change(self.keys), change(self.values)
 
 
+def steps(layer: CacheLayerMixin) -> bool:
+    """Whether a layer can be written at a slot that a tensor names."""
+    return isinstance(layer, _GrowingLayer)
+
+
 class LatentLayer(_GrowingLayer):
     """Latents of one compressed layer: keys ``[B, L, R]`` of all heads, values ``[B, L, r_v]``.
 
@@ -288,11 +293,6 @@ class LatentCache(Cache):
             else:
                 layers.append(DenseLayer(dtype))
         super().__init__(layers=layers)
-
-    @property
-    def steppable(self) -> bool:
-        """Whether every layer can be written at a slot that a tensor names."""
-        return all(isinstance(layer, _GrowingLayer) for layer in self.layers)
 
     def reserve(self, batch: int, tokens: int, device: torch.device) -> None:
         """Make room for ``tokens`` tokens in every layer at once; what is held stays."""

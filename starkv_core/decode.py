@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from starkv_core.cache import LatentCache, Step
+from starkv_core.cache import LatentCache, Step, steps
 from starkv_core.graphs import CaptureError, capture, reason, require_gpu
 
 if TYPE_CHECKING:
@@ -54,8 +54,9 @@ class CapturedStep:
         first: torch.Tensor | None = None,
     ) -> None:
         require_gpu(tokens.device)
-        if not cache.steppable:
-            raise CaptureError("layers under a sliding window move their slots")
+        if not all(map(steps, cache.layers)):
+            kinds = sorted({type(layer).__name__ for layer in cache.layers if not steps(layer)})
+            raise CaptureError(f"layers of {', '.join(kinds)} cannot be written by a replay")
         if any(layer.device != tokens.device for layer in cache.layers):
             raise CaptureError("the model's layers are on several devices")
         self._model, self._cache, self._sampler = subject.model, cache, sampler
@@ -83,10 +84,12 @@ class CapturedStep:
             first = torch.zeros(len(tokens), dtype=torch.int32, device=device)
         cache.set_step(Step(self._slot, self._filled, first))
         try:
-            self._graph = self._capture()
-        except Exception as error:
+            self._graph: torch.cuda.CUDAGraph | None = self._capture()
+        except BaseException as error:
             cache.set_step(None)
             cache.fill(self._start)
+            if not isinstance(error, Exception):
+                raise
             raise CaptureError(reason(error)) from error
         # The graph reads them by address, and a longer context elsewhere replaces them.
         self._tables = () if subject.tables is None else subject.tables.held()
@@ -120,8 +123,10 @@ class CapturedStep:
         """One step: int64 ``[B]``, the next tokens, in a buffer that the next replay overwrites.
 
         Raises:
-            RuntimeError: the cache has no room left.
+            RuntimeError: the cache has no room left, or the steps have been ended.
         """
+        if self._graph is None:
+            raise RuntimeError("these steps have been ended: capture new ones")
         if self._start + self._steps >= self._room:
             raise RuntimeError(f"the cache has room for {self._room} tokens and holds as many")
         self._graph.replay()
@@ -130,5 +135,6 @@ class CapturedStep:
 
     def close(self) -> None:
         """End the captured steps: the cache holds the prompt and one token a replay."""
+        self._graph = None  # it has the addresses of buffers that may be replaced now
         self._cache.set_step(None)
         self._cache.fill(self._start + self._steps)

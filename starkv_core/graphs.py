@@ -54,8 +54,10 @@ def capture(
         try:
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UPS):
-                    step()
-                    reset()
+                    try:
+                        step()
+                    finally:
+                        reset()  # also of half a run: the caller may go on without the graph
         finally:
             if generator is not None and state is not None:
                 generator.set_state(state)

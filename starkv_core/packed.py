@@ -198,7 +198,7 @@ class PackedLayer(LatentLayer):
         """Forget everything, buffers included."""
         super().reset()
         self.key_rows = self.value_rows = None
-        self.coded = 0
+        self.coded, self._count = 0, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """As other layers do. What is coded stays so: after it, the window may have to refill."""

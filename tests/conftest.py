@@ -26,3 +26,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every replay of a captured step: whether there was a capture at all."""
+    from starkv_core.decode import CapturedStep
+
+    counted: list[int] = []
+    replay = CapturedStep.replay
+
+    def counting(step: CapturedStep) -> torch.Tensor:
+        counted.append(1)
+        return replay(step)
+
+    monkeypatch.setattr(CapturedStep, "replay", counting)
+    return counted

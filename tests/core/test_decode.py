@@ -12,8 +12,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from starkv_core import attention
 from starkv_core.attention import latents
-from starkv_core.cache import Step
+from starkv_core.cache import LatentCache, Step
 from starkv_core.decode import CapturedStep, CaptureError
 from starkv_core.embedded import HELDOUT_TEXT
 from starkv_core.engine import Sampler, end_tokens, stream
@@ -161,15 +162,90 @@ def uncaptured(
     generator: torch.Generator | None = None,
 ) -> PlainGraph:
     """Stands in for :func:`starkv_core.graphs.capture`."""
-    step()
-    reset()
+    for _ in range(2):
+        try:
+            step()
+        finally:
+            reset()
     return PlainGraph(step)
 
 
-def test_a_captured_step_keeps_the_tables_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A longer context elsewhere replaces a model's tables; the graph goes on with its own."""
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are "captured" without a GPU."""
     monkeypatch.setattr("starkv_core.decode.require_gpu", lambda device: None)
     monkeypatch.setattr("starkv_core.decode.capture", uncaptured)
+
+
+def prompted(subject: Subject, length: int) -> LatentCache:
+    """A cache of two rows of ``length`` tokens, with room for 30 more."""
+    cache = subject.new_cache()
+    subject.model(input_ids=models.ids(2, length), past_key_values=cache, use_cache=True)
+    cache.reserve(2, length + 30, torch.device("cpu"))
+    return cache
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("length", [1, 5, 30])  # the sinks, the window or codes take the token
+@pytest.mark.parametrize("kind", ["llama-coded", "qwen2-coded"])
+def test_replays_store_what_single_steps_store(kind: str, length: int) -> None:
+    """Warm-ups of a capture overwrite the ring: what was there has to come back."""
+    subject = subject_of(kind)
+    with subject.active(), torch.no_grad():
+        cache, single = (prompted(subject, length) for _ in range(2))
+        fed = models.ids(2, 12, seed=5)
+        captured = CapturedStep(subject, cache, fed[:, 0], Sampler(), torch.Generator())
+        for token in fed.split(1, dim=1):
+            captured.tokens.copy_(token[:, 0])
+            captured.replay()
+            subject.model(input_ids=token, past_key_values=single, use_cache=True)
+        captured.close()
+        with pytest.raises(RuntimeError, match="ended"):
+            captured.replay()
+        for ours, theirs in zip(cache.layers, single.layers, strict=True):
+            assert (ours.length, ours.coded) == (theirs.length, theirs.coded)
+            for got, wanted in zip(
+                ours.latents(0, length + 12), theirs.latents(0, length + 12), strict=True
+            ):
+                torch.testing.assert_close(got, wanted, rtol=0, atol=FP32_LOGITS)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), KeyboardInterrupt()])
+def test_a_capture_that_fails_leaves_a_packed_cache_as_it_was(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second layer of a warm-up, when the first has stored its token already."""
+    subject, calls = subject_of("llama-coded"), []
+    attend = attention.coded_attention
+
+    def failing(*args: object, **options: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return attend(*args, **options)
+
+    with subject.active(), torch.no_grad():
+        cache, single = (prompted(subject, 30) for _ in range(2))
+        monkeypatch.setattr(attention, "coded_attention", failing)
+        wanted = CaptureError if isinstance(error, Exception) else KeyboardInterrupt
+        with pytest.raises(wanted):
+            CapturedStep(subject, cache, torch.tensor([5, 6]), Sampler(), torch.Generator())
+        for ours, theirs in zip(cache.layers, single.layers, strict=True):
+            assert ours.step is None and ours.coded == theirs.coded
+            for got, kept in zip(ours.latents(0, 30), theirs.latents(0, 30), strict=True):
+                assert torch.equal(got, kept)
+        for token in models.ids(2, 10, seed=6).split(1, dim=1):
+            got, kept = (
+                subject.model(input_ids=token, past_key_values=c, use_cache=True).logits
+                for c in (cache, single)
+            )
+            torch.testing.assert_close(got, kept, rtol=0, atol=FP32_LOGITS)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_captured_step_keeps_the_tables_it_reads() -> None:
+    """A longer context elsewhere replaces a model's tables; the graph goes on with its own."""
     subject, ids = subject_of("llama"), models.ids(2, 20)
     assert subject.tables is not None
     with subject.active(), torch.no_grad():
@@ -341,7 +417,7 @@ def test_a_conversation_goes_on_after_captured_steps() -> None:
 
 
 @pytest.mark.gpu
-def test_replayed_steps_code_what_single_steps_code() -> None:
+def test_replayed_steps_code_what_single_steps_code(replays: list[int]) -> None:
     """The embedded model, packed: 200 replays, then the same tokens one by one.
 
     Latents of the first layer depend on the tokens alone, so all it stores is the same bit for bit:
@@ -354,7 +430,7 @@ def test_replayed_steps_code_what_single_steps_code() -> None:
     prompt = torch.tensor([words[start : start + 450] for start in (0, 10)], device="cuda")
     cache, single = subject.new_cache(), subject.new_cache()
     told = torch.stack(list(stream(subject, prompt, None, 200, sampler=Sampler(), cache=cache)), 1)
-    assert cache.get_seq_length() == 450 + 199
+    assert len(replays) == cache.get_seq_length() - 450 == 199
     with subject.active(), torch.no_grad():
         logits = [subject.model(input_ids=prompt, past_key_values=single).logits[:, -1]]
         for token in told.split(1, dim=1)[:-1]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from starkv_core.budget import packed_bytes, predict_bytes
-from starkv_core.cache import LatentCache
+from starkv_core.cache import LatentCache, steps
 from starkv_core.packed import PackedLayer
 from starkv_core.rank_map import LayerRanks, RankMap
 from tests import models
@@ -256,7 +256,8 @@ def test_bytes_of_a_cache_with_all_kinds_of_layer(tokens: int, batch: int) -> No
     assert [type(layer).__name__ for layer in cache.layers] == [
         "PackedLayer", "LatentLayer", "DenseLayer", "WindowLayer"
     ]  # fmt: skip
-    assert not cache.steppable and cache.nbytes == 0
+    assert [steps(layer) for layer in cache.layers] == [True, True, True, False]
+    assert cache.nbytes == 0
     cache.layers[0].store(*rows(batch, tokens, 0))
     cache.layers[1].append(torch.randn(batch, tokens, 8), torch.randn(batch, tokens, 9))
     for layer in cache.layers[2:]:
@@ -267,3 +268,12 @@ def test_bytes_of_a_cache_with_all_kinds_of_layer(tokens: int, batch: int) -> No
     grown = predict_bytes(spec, ranks, 1500, batch, codes=codes)
     window = 2 * spec.kv_width * 2 * batch * (31 - min(tokens, 31))
     assert cache.nbytes == grown - window
+
+
+def test_reset_forgets_the_count_of_another_device() -> None:
+    layer = PackedLayer(layer_codes(2, 3), torch.bfloat16)
+    layer.reserve(1, 10, (0, 0), torch.device("meta"))
+    assert layer.coded_count().device.type == "meta"
+    layer.reset()
+    layer.reserve(1, 10, (0, 0), torch.device("cpu"))
+    assert layer.coded_count().device.type == "cpu"

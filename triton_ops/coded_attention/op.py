@@ -36,10 +36,16 @@ class Coded:
             "scales": (self.scales, (batch, tiles, layout.scales, TILE), torch.float16),
             "exact": (self.exact, (batch, rows, row_width(layout.channels)), self.exact.dtype),
         }
-        return [
+        wrong = [
             f"{name}.{part} {list(got.shape)} {got.dtype}, expected {list(shape)} {dtype}"
             for part, (got, shape, dtype) in expected.items()
             if tuple(got.shape) != shape or got.dtype != dtype
+        ]
+        # Kernels step from row to row as they are told, but not within a row of the batch.
+        return wrong + [
+            f"{name}.{part} has gaps within a row of the batch"
+            for part, (got, _, _) in expected.items()
+            if got.numel() and not got[0].is_contiguous()
         ]
 
 

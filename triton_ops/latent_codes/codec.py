@@ -83,6 +83,16 @@ class Codec:
         """Float32 ``[..., R]`` of codes uint8 ``[..., R]`` and scales fp16 ``[..., K]``."""
         return decode(codes, self.step, scales, self.layout.groups, self.levels[0])
 
+    def same(self, other: Codec) -> bool:
+        """Whether codes of the one are codes of the other."""
+        if self is other:  # nearly always: no need to wait for a GPU
+            return True
+        kinds = (self.layout, self.measure, self.zero) == (other.layout, other.measure, other.zero)
+        return kinds and all(
+            torch.equal(a.cpu(), b.cpu())
+            for a, b in ((self.step, other.step), (self.weight, other.weight))
+        )
+
     def seen(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., R]`` as it reads once coded, float32."""
         return self.dequantise(*self.quantise(x))
