@@ -47,11 +47,19 @@ class CodedShape:
         return float(torch.cat([layout.bits() for layout in layouts]).double().mean())
 
 
+def bits_fault(bits: float) -> str | None:
+    """Why a number of bits cannot be made of whole ones, or None."""
+    if 2 <= bits <= 4 or bits == 8:
+        return None
+    what = "a number from 2 to 4 (3.2: a fifth of the channels 4 bits, the rest 3) or 8"
+    return f"bits {bits:g}: {what}"
+
+
 def parse_bits(text: str | None) -> float | None:
-    """Bits of a channel: 2 to 4, fractions too, or 8; None stays None.
+    """Bits of a channel as ``--bits`` has them; None stays None.
 
     Raises:
-        UserError: something else.
+        UserError: no number, or none that can be made.
     """
     if text is None:
         return None
@@ -59,11 +67,8 @@ def parse_bits(text: str | None) -> float | None:
         bits = float(text)
     except ValueError:
         bits = math.nan
-    if not (2 <= bits <= 4 or bits == 8):
-        raise UserError(
-            f"--bits {text!r}: a number from 2 to 4 (3.2: a fifth of the channels 4 bits, the rest "
-            "3) or 8"
-        )
+    if (found := bits_fault(bits)) is not None:
+        raise UserError(f"--bits {text!r}: {found.split(': ', 1)[1]}")
     return bits
 
 

@@ -136,6 +136,9 @@ def run_case(subject: Subject, backend: str, ctx: int, batch: int) -> Measured:
                 return Measured(None, error, found)
             timing = measure_steps(step, device, graph=why_not is None)
         peak = peak_bytes(device)
+        found = made.stored_fault()
+        if found is not None:
+            return Measured(None, error, found)
     note = why_not and f"not captured: {why_not}"
     return Measured(timing, error, peak=peak, note=note, cache=held, parts=parts)
 
@@ -166,8 +169,7 @@ def _randomise(caches: Any, ctx: int) -> None:
 def _only(caches: Any, row: int) -> Iterator[None]:
     """Within, a cache has one of its rows alone, and what is written goes there.
 
-    Of packed layers to a copy where it would replace something: a window is a ring. What leaves it
-    is coded where the step to come will code the same.
+    Of packed layers to a copy: a window is a ring, and the step to come must code for itself.
     """
     whole = [dict(vars(layer)) for layer in caches.layers]
     one = slice(row, row + 1)
@@ -177,7 +179,7 @@ def _only(caches: Any, row: int) -> Iterator[None]:
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
             for name in ("key_rows", "value_rows"):
                 rows = copy(getattr(layer, name))
-                rows.change(lambda t: t[one])
+                rows.change(lambda t: t[one].clone())
                 setattr(layer, name, rows)
             # Several tokens are to see what each would see alone.
             layer.layer_codes = replace(layer.layer_codes, prefill="coded")
@@ -202,6 +204,29 @@ class _Compressed:
         _randomise(self.cache, ctx)
         self.tokens = _first_tokens(subject, batch)
         self.cache.fill(ctx)
+        # Of the first packed layer: what the steps will code, as it reads exact.
+        packed = [layer for layer in self.cache.layers if isinstance(layer, PackedLayer)]
+        self.watched = packed[0] if packed else None
+        if self.watched is not None:
+            leaving = self.watched.coded, self.cache.get_seq_length()
+            self.leaving = leaving, self.watched.latents(*leaving)
+
+    def stored_fault(self) -> str | None:
+        """Why what the timed steps coded is not what they should have, or None.
+
+        The steps may have run past the window; what left it by then is checked, bit for bit.
+        """
+        layer = self.watched
+        if layer is None:
+            return None
+        (start, stop), exact = self.leaving
+        stop = max(start, min(stop, layer.coded))
+        codes = layer.layer_codes
+        found = layer.latents(start, stop)
+        for codec, rows, got in zip((codes.keys, codes.values), exact, found, strict=True):
+            if not torch.equal(codec.seen(rows[:, : stop - start]), got):
+                return "tokens that left the window are not coded as they should be"
+        return None
 
     @property
     def nbytes(self) -> int:
@@ -284,6 +309,9 @@ class _Static:
     def nbytes(self) -> int:
         """Bytes of the cache."""
         return sum(t.nbytes for layer in self.cache.layers for t in (layer.keys, layer.values))
+
+    def stored_fault(self) -> None:
+        """What transformers stores is not checked."""
 
     def parts(self) -> None:
         """A dense cache has but one."""

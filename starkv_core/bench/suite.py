@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from starkv_core.bench import attention, decode, prefill
+from starkv_core.bench.codes import bits_fault
 from starkv_core.bench.models import coded_subject, compressed_subject, dense_subject
 from starkv_core.bench.outcome import Measured
 from starkv_core.bench.plan import Need, gib, largest_batch, room_on
@@ -89,6 +90,8 @@ class BenchOptions:
         for name, given in (("ctx", self.contexts), ("batch", self.batches)):
             if given is not None and (not given or min(given) < 1):
                 faults.append(f"{name}: whole numbers from 1 are expected")
+        if self.bits is not None and (found := bits_fault(self.bits)) is not None:
+            faults.append(found)
         if self.memory is not None and self.suite not in ("decode", "all"):
             faults.append("memory: only the suite decode compares at equal memory")
         if self.memory is not None and self.scale_down:

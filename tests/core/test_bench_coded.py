@@ -267,6 +267,29 @@ def test_the_gate_leaves_the_cache_as_the_step_must_find_it(
             assert torch.equal(after[0], keys) and torch.equal(after[1], values)
 
 
+def test_what_the_steps_stored_is_checked(
+    subjects: dict[str, tuple[Shape, Subject]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a long context one token that is never coded hardly shows in the logits."""
+
+    def after_steps() -> str | None:
+        made = decode._Compressed(subjects["llama-2-7b"][1], 600, 2)
+        with torch.no_grad(), made.stepping() as (step, _):
+            for _ in range(3):
+                step()
+        return made.stored_fault()
+
+    assert after_steps() is None
+    monkeypatch.setattr("triton_ops.code_append.reference.write_codes", lambda *args: None)
+    assert after_steps() == "tokens that left the window are not coded as they should be"
+
+
+@pytest.mark.parametrize("bits", [1, 5, 0.5, 16, float("nan")])
+def test_bits_that_cannot_be_made_are_refused(bits: float) -> None:
+    with pytest.raises(UserError, match="bits"):
+        BenchOptions(bits=bits)
+
+
 @pytest.mark.parametrize("misread", MISREADINGS.values(), ids=MISREADINGS)
 def test_decode_gate_sees_misread_codes(
     misread: Callable[..., Any],
