@@ -41,10 +41,10 @@ def table(records: list[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def place(record: dict[str, Any]) -> tuple[int, float, float]:
-    """Where a record stands: its method, ratio and steps of recovery."""
+def place(record: dict[str, Any]) -> tuple[int, int, int, float]:
+    """Where a record stands: its method, ratio (to a fifth), steps of recovery and increase."""
     steps = record.get("base", {}).get("recovery_steps", 0)
-    return ORDER.index(family(record)), round(record["ratio"], 1), steps
+    return ORDER.index(family(record)), round(5 * record["ratio"]), steps, record["increase"]
 
 
 def family(record: dict[str, Any]) -> str:

@@ -1,0 +1,77 @@
+"""Tables and curves of results pages from their records."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import quantised_figure, quantised_page
+from starkv_core.artifacts import write_text_atomic
+
+
+def record(name: str, method: str, ratio: float, increase: float, **rest: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "method": method,
+        "ratio": ratio,
+        "bytes_per_token": 8192 / ratio,
+        "increase": increase,
+        "retrieval": {"passkey": 1.0, "kv": 0.9333},
+        "retrieval_prompts": 45,
+        "windows": 16,
+        "read": "one pass, coded as decode reads",
+        **rest,
+    }
+
+
+RUN = {
+    "scheme": {"name": "star"},
+    "base": {"ratio": 2.5, "recovery_steps": 20, "batch": 2, "length": 1024},
+    "bits": {"keys": 2.531, "values": 2.5},
+    "backend": "triton",
+}
+RECORDS = [
+    record("kivi-2", "kivi", 4.0, 0.02, read="token by token"),
+    record("b", "star, trained", 16.05, 0.0706, **RUN),
+    record("a", "star, trained", 8.0, 0.026, **RUN),
+    record("c", "star, trained", 16.0, 0.0726, **RUN),
+    record("dense", "dense", 1.0, 0.0),
+]
+
+
+def test_tables_stand_where_the_page_names_their_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.md"
+    write_text_atomic(page, "above\n<!-- rows: r.jsonl -->\nold\n<!-- end -->\nbelow\n")
+    lines = [str(r).replace("'", '"') for r in RECORDS]
+    write_text_atomic(tmp_path / "r.jsonl", "\n".join(lines) + "\n")
+    monkeypatch.setattr(sys, "argv", ["quantised_page.py", str(page)])
+    quantised_page.main()
+    once = page.read_text(encoding="utf-8")
+    quantised_page.main()
+    assert page.read_text(encoding="utf-8") == once
+    found = once.splitlines()
+    assert found[:2] == ["above", "<!-- rows: r.jsonl -->"]
+    assert found[-2:] == ["<!-- end -->", "below"] and "old" not in once
+    assert found[4:-2] == [
+        "| `dense` |  |  | 1.00 | 8192 |  |  | 16 | one pass | 100% | 93% | 45 |",
+        "| `star` | 2.5 | 20 x 2 x 1024 | 8.00 | 1024 | 2.53 / 2.50 | +2.6% | 16 "
+        "| one pass (kernels) | 100% | 93% | 45 |",
+        "| `star` | 2.5 | 20 x 2 x 1024 | 16.05 | 510 | 2.53 / 2.50 | +7.1% | 16 "
+        "| one pass (kernels) | 100% | 93% | 45 |",
+        "| `star` | 2.5 | 20 x 2 x 1024 | 16.00 | 512 | 2.53 / 2.50 | +7.3% | 16 "
+        "| one pass (kernels) | 100% | 93% | 45 |",
+        "| `kivi-2` |  |  | 4.00 | 2048 | 2 / 2 | +2.0% | 16 | token by token | 100% | 93% | 45 |",
+    ]
+
+
+def test_a_curve_goes_through_the_best_row_of_a_ratio() -> None:
+    found = quantised_figure.curves(RECORDS)
+    assert {name: [row["name"] for row in rows] for name, rows in found.items()} == {
+        "kivi": ["kivi-2"],
+        "star, trained": ["a", "b"],
+    }
