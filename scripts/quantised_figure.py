@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of every method by ratio; of ratios that are nearly equal the one of lowest perplexity."""
+    """Rows of every method by ratio; of nearly equal ratios the one of lowest perplexity."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: -float(row["increase"])):
         if row["name"] != "dense":
