@@ -47,6 +47,7 @@ class StandinSubject:
     """A dense subject; counts how often and how deep it was activated."""
 
     compressed = False
+    codes: dict[int, Any] = {}
     run_dir = None
     device = torch.device("cpu")
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from starkv_core.engine import LEAST_CAPTURED, Sampler, captured_steps, check_context
+from starkv_core.engine import check_context
 from starkv_core.errors import RunFailure, UserError
 from starkv_core.eval.deployed import CacheBytes, measure
+from starkv_core.eval.steps import forced_steps
 from starkv_core.eval.text import EvalText
 from starkv_core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from starkv_core.decode import CapturedStep
     from starkv_core.run import Subject
 
 Mode = Literal["prefill", "token"]
@@ -179,36 +179,9 @@ def _by_prefill(subject: Subject, ids: Tensor, cache: Any) -> Iterator[Tensor]:
 
 
 def _by_token(subject: Subject, ids: Tensor, cache: Any) -> Iterator[Tensor]:
-    """One token a step over ``[B, W]``, through the cache; on a GPU as replays of a graph."""
-    captured: CapturedStep | None = None
-    sampler = Sampler()
-    try:
-        for step in range(ids.shape[1] - 1):
-            if captured is None:
-                logits = subject.model(
-                    input_ids=ids[:, step : step + 1],
-                    position_ids=torch.full_like(ids[:, :1], step),
-                    past_key_values=cache,
-                    use_cache=True,
-                ).logits[:, -1]
-            else:
-                captured.tokens.copy_(ids[:, step])
-                captured.replay()
-                logits = captured.logits
-            yield _nll(logits[:, None], ids[:, step + 1 : step + 2])
-            if step == 0 and ids.shape[1] > LEAST_CAPTURED:
-                captured = captured_steps(
-                    subject,
-                    cache,
-                    ids[:, 1],
-                    sampler,
-                    sampler.generator(ids.device),
-                    None,
-                    ids.shape[1] - 2,
-                )
-    finally:
-        if captured is not None:
-            captured.close()
+    """One token a step over ``[B, W]``, through the cache."""
+    for step, logits in enumerate(forced_steps(subject, ids[:, :-1], cache)):
+        yield _nll(logits[:, None], ids[:, step + 1 : step + 2])
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from starkv_core.errors import RunFailure, UserError
 from starkv_core.eval import perplexity as module
+from starkv_core.eval import steps
 from starkv_core.eval.perplexity import Windows, cut_windows, perplexity
 from starkv_core.eval.text import read_eval_text
 from starkv_core.models import load
@@ -241,7 +242,7 @@ def test_prefill_of_codes_is_what_decode_reads() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["dense", "latents", "codes"])
 def test_replayed_steps_predict_what_single_steps_do(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The embedded model token by token, as replays of a graph and without one."""
     loaded = load(None, device="cuda", dtype="float16")
@@ -253,7 +254,8 @@ def test_replayed_steps_predict_what_single_steps_do(
     text = read_eval_text(loaded.tokenizer)
     windows = cut_windows(loaded.tokenizer, text, 600, 3)
     replayed = perplexity(subject, windows, mode="token", batch=3)
-    monkeypatch.setattr(module, "captured_steps", lambda *args: None)
+    assert len(replays) == 598  # all steps but the first
+    monkeypatch.setattr(steps, "captured_steps", lambda *args: None)
     single = perplexity(subject, windows, mode="token", batch=3)
     assert abs(replayed.nll - single.nll) < FP16_NLL
     assert replayed.cache == single.cache
