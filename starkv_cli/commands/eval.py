@@ -1,4 +1,4 @@
-"""``starkv eval``: perplexity and retrieval of a run beside its dense model."""
+"""``starkv eval``: perplexity, retrieval and tasks of a run beside its dense model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from starkv_cli.console import emit_json, note, print_table, progress
+from starkv_cli.console import Interrupted, emit_json, note, print_table, progress
 from starkv_cli.options import Backend, BaseModel, Device, DeviceMap, Dtype, SubjectArgument
 from starkv_core.errors import UserError
 
@@ -21,13 +21,19 @@ _Number = TypeVar("_Number", int, float)
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("eval", short_help="Perplexity, retrieval and cache bytes, beside dense.")(evaluate)
+    app.command("eval", short_help="Perplexity, retrieval, tasks of lm-eval, beside dense.")(
+        evaluate
+    )
 
 
 def evaluate(
     subject: SubjectArgument = None,
     tasks: Annotated[
-        str, typer.Option(help="Of perplexity, passkey and kv, with commas.")
+        str,
+        typer.Option(
+            help="Of perplexity, passkey, kv, zero-shot, longbench, ruler and lm-eval's own, with "
+            "commas."
+        ),
     ] = "perplexity,passkey,kv",
     text: Annotated[
         str,
@@ -47,14 +53,43 @@ def evaluate(
         str, typer.Option(help="Of perplexity: prefill, token (by token) or both.")
     ] = "prefill",
     lengths: Annotated[
-        str, typer.Option(help="Prompt lengths of retrieval in tokens.")
-    ] = "256,512,1024",
+        str | None,
+        typer.Option(
+            help="Prompt lengths in tokens, of retrieval (default 256,512,1024) and RULER (4096)."
+        ),
+    ] = None,
     depths: Annotated[
         str, typer.Option(help="Depths of the needle, 0 (start) to 1 (end).")
     ] = "0,0.25,0.5,0.75,1",
     prompts: Annotated[int, typer.Option(help="Prompts for each length and depth.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    batch: Annotated[int, typer.Option(help="Windows or prompts at a time.")] = 4,
+    batch: Annotated[
+        str,
+        typer.Option(
+            "--batch-size",
+            "--batch",
+            help="Windows, prompts or requests at a time. auto: 4, and of lm-eval's what fits.",
+        ),
+    ] = "auto",
+    limit: Annotated[int | None, typer.Option(help="Rows of each lm-eval task.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the rows of the zero-shot tasks, to read instead of a hub."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of lm-eval task files of one's own.")
+    ] = None,
+    decode_path: Annotated[
+        bool,
+        typer.Option(
+            "--decode-path",
+            help="Feed what lm-eval tasks score token by token, through the cache.",
+        ),
+    ] = False,
+    add_bos: Annotated[
+        bool,
+        typer.Option("--add-bos", help="Begin texts of lm-eval tasks as the tokenizer would."),
+    ] = False,
     model: BaseModel = None,
     device: Device = None,
     device_map: DeviceMap = None,
@@ -69,13 +104,15 @@ def evaluate(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Measure perplexity, retrieval and cache bytes, a run beside its dense model.
+    """Measure perplexity, retrieval, lm-eval tasks and cache bytes, a run beside its dense model.
 
     Example: starkv eval runs/tiny-embedded --tasks perplexity,passkey --mode both --windows 8
     """
     from starkv_core.eval.perplexity import MODES
-    from starkv_core.eval.report import EvalOptions
+    from starkv_core.eval.records import Kept, holds_only_records
+    from starkv_core.eval.report import LENGTHS, TASKS, EvalOptions
     from starkv_core.eval.report import evaluate as run
+    from starkv_core.eval.taskset import load_tasks, tokenizer_of
     from starkv_core.eval.text import check_eval_text
     from starkv_core.run import open_subject
 
@@ -88,16 +125,28 @@ def evaluate(
         window=window,
         windows=windows,
         modes=MODES if mode == "both" else _names(mode),  # type: ignore[arg-type]
-        lengths=tuple(_numbers("lengths", lengths, int)),
+        lengths=LENGTHS if lengths is None else tuple(_numbers("lengths", lengths, int)),
         depths=tuple(_numbers("depths", depths, float)),
         prompts=prompts,
         seed=seed,
-        batch=batch,
+        batch=None if batch == "auto" else _numbers("batch-size", batch, int)[0],
         dense=not no_dense,
+        limit=limit,
+        decode_path=decode_path,
+        add_bos=add_bos,
     )
-    if out is not None and out.exists():
+    if out is not None and out.exists() and not holds_only_records(out):
         raise UserError(f"{out} already exists; give another --out")
-    check_eval_text(text)
+    if options.builtin:
+        check_eval_text(text)
+    loaded = load_tasks(
+        [task for task in options.tasks if task not in TASKS],
+        known=TASKS,
+        data=data,
+        include_path=include_path,
+        tokenizer=tokenizer_of(subject, model),
+        lengths=None if lengths is None else options.lengths,
+    )
     opened = open_subject(
         subject,
         device=device,
@@ -106,7 +155,17 @@ def evaluate(
         model=model,
         backend=backend,
     )
-    report = run(opened, options, progress())
+    kept = Kept(out if opened.run_dir is None else opened.run_dir / "results")
+    try:
+        report = run(opened, options, progress(), loaded, kept)
+    except KeyboardInterrupt:
+        if not loaded.tasks or kept.folder is None:
+            raise
+        raise Interrupted(
+            f"interrupted; finished tasks are kept in {kept.folder}, the same command goes on"
+        ) from None
+    if report.reused:
+        note(f"kept from before in {kept.folder}: {', '.join(report.reused)}")
     files = _files(opened, out)
     if files is not None:
         for path in report.write(*files):

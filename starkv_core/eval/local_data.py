@@ -1,0 +1,85 @@
+"""Rows of the task files in ``tasks/``: JSON lines in a folder named by ``--data``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from starkv_core.artifacts import read_text
+from starkv_core.errors import UserError
+
+TASK_FILES = Path(__file__).with_name("tasks")
+FILES = {
+    "piqa": "piqa.validation.jsonl",
+    "winogrande": "winogrande.validation.jsonl",
+    "arc_easy": "arc_easy.test.jsonl",
+    "arc_challenge": "arc_challenge.test.jsonl",
+    "openbookqa": "openbookqa.test.jsonl",
+    "hellaswag": "hellaswag.validation.jsonl",
+}
+"""The file of each task."""
+
+
+def check_files(data: Path, tasks: list[str]) -> None:
+    """Refuse a folder without the files of ``tasks``.
+
+    Raises:
+        UserError: all that are missing.
+    """
+    missing = [f"{FILES[t]} (task {t})" for t in tasks if not (data / FILES[t]).is_file()]
+    if missing:
+        raise UserError.many(f"--data {data}: no such file", missing)
+
+
+def rows(*, data: str, file: str, **_: Any) -> dict[str, Any]:
+    """What lm-eval's ``custom_dataset`` returns: the rows of a file as the split ``test``.
+
+    Raises:
+        UserError: a row that is not JSON or lacks a field.
+    """
+    from datasets import Dataset
+
+    path = Path(data) / file
+    found = list(_read(path))
+    if not found:
+        raise UserError(f"{path}: empty; it holds no rows")
+    return {"test": Dataset.from_list(found)}
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise UserError(f"{path}, line {number}: not JSON") from None
+            fault = _fault(row)
+            if fault:
+                raise UserError(f"{path}, line {number}: {fault}")
+            yield {name: row[name] for name in _fields(row)}
+
+
+def _fields(row: Mapping[str, Any]) -> tuple[str, ...]:
+    if "contexts" in row:
+        return ("contexts", "continuation", "gold")
+    return ("context", "choices", "gold")
+
+
+def _fault(row: Any) -> str | None:
+    if not isinstance(row, dict):
+        return "not an object"
+    missing = [name for name in _fields(row) if name not in row]
+    if missing:
+        return f"{', '.join(missing)} missing"
+    texts, options, gold = (row[name] for name in _fields(row))
+    if isinstance(options, list):
+        texts, options = options, texts
+    if not (isinstance(texts, list) and isinstance(options, str)):
+        return "a list of choices (or contexts) and one text are expected"
+    if not all(isinstance(t, str) and t for t in (*texts, options)):
+        return "empty texts, or no texts"
+    if not isinstance(gold, int) or not 0 <= gold < len(texts):
+        return f"gold {gold!r} is none of {len(texts)} choices"
+    return None
