@@ -593,14 +593,9 @@ def mix_codes(
                     if K == 128 and PER > 1:
                         y = _codes_64(words, top, half * 4 + m + 1, BITS, MIDDLE_2, N, PTX)
                         x = _beside(x, y, N, 128)
-                    here = ((cols < columns) & (slot + zeros < coded))[:, None]
-                    # What the softmax leaves out is not even written.
-                    if K == 128 and PER > 1:
-                        spot = tl.arange(0, 128)
-                        here &= (slot + spot < tl.cdiv(coded, 64) * 64)[None, :]
-                    else:
-                        spot = tl.arange(0, 64)
-                    p = tl.load(p_base + slot + spot[None, :], mask=here, other=0.0)
+                    spot = tl.arange(0, 128 if K == 128 and PER > 1 else 64)
+                    # The softmax writes whole tiles of 256 slots, and no others.
+                    p = tl.load(p_base + slot + spot[None, :], mask=told[:, None], other=0.0)
                     if SCALED:
                         p = _scaled(p, g_at + slot % 512 + spot)
                     part = tl.dot(x, tl.trans(p), part)

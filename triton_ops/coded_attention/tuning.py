@@ -39,7 +39,7 @@ class Tuning:
         default_factory=lambda: {"N": 128, "K": 64, "STAGES": 3, "num_warps": 4}
     )
     mix_3: Mapping[str, int] = field(
-        default_factory=lambda: {"N": 128, "K": 128, "STAGES": 2, "num_warps": 4}
+        default_factory=lambda: {"N": 128, "K": 64, "STAGES": 2, "num_warps": 4}
     )
     band_programs: int = 3
     rebuilt_programs: int = 3
@@ -71,7 +71,14 @@ def mix_splits(
 
 
 def workspace_bytes(
-    codes: LayerCodes, lines: int, *, batch: int, heads: int, dim: int, tokens: int
+    codes: LayerCodes,
+    lines: int,
+    *,
+    batch: int,
+    heads: int,
+    dim: int,
+    tokens: int,
+    processors: int = PROCESSORS,
 ) -> int:
     """Bytes that a call of the kernels for one new token allocates, its 16-bit result included.
 
@@ -79,11 +86,12 @@ def workspace_bytes(
         lines: rows of scores that a row of the batch takes (:class:`CodedFactors` knows).
         batch, heads, dim: ``B``, ``H``, ``D`` of the queries.
         tokens: that the cache has room for.
+        processors: multiprocessors of the GPU: fewer split the sequence less.
     """
     room, values = tiles(tokens), codes.values.layout
     slots = room * TILE
     exact = -(-(codes.sinks + codes.window) // EXACT)
-    splits, _ = mix_splits(Tuning(), values.sections, batch, heads, room, PROCESSORS)
+    splits, _ = mix_splits(Tuning(), values.sections, batch, heads, room, processors)
     splits += exact > 0
     per_head = (
         2 * (slots + exact * EXACT)  # p
