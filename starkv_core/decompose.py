@@ -12,7 +12,7 @@ This is the SVD of ``A^1/2 W L`` with ``L L^T = S`` and ``L`` undone on the righ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,12 @@ class Decomposition:
     def truncated(self, rank: int) -> Decomposition:
         """The leading ``rank`` components."""
         return Decomposition(self.up[:, :rank], self.sigma[:rank], self.down[:rank])
+
+    def stored(self) -> Decomposition:
+        """The same in float32 on the CPU."""
+        return Decomposition(
+            self.up.float().cpu(), self.sigma.float().cpu(), self.down.float().cpu()
+        )
 
     def product(self, rank: int | None = None) -> torch.Tensor:
         """``[n, d]``: the approximation of ``W`` at a rank, in full when None."""
@@ -103,7 +109,7 @@ def query_metric(query_energy: torch.Tensor) -> torch.Tensor:
 
 
 def output_metric(
-    output_weight: torch.Tensor, heads: range, group: int, head_dim: int, damping: float
+    output_weight: torch.Tensor, heads: Sequence[int], group: int, head_dim: int, damping: float
 ) -> torch.Tensor:
     """Metric of a group of value heads: what a value error costs after ``o_proj``.
 

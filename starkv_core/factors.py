@@ -43,7 +43,7 @@ class TrainedFactors(nn.Module):
     ``alpha [blocks]``. ``bias [H_kv * D]`` is that of the projection plus what cut-off components
     owed to the mean input. ``mean_response [N]`` is what each component answers to the mean input:
     the part that closed gates hold back goes into the bias, so that the mean's error is zero at any
-    rank.
+    rank. ``order`` int64 ``[heads]`` lists the heads block by block; None is their own order.
 
     Args:
         counts: components of each block.
@@ -52,10 +52,18 @@ class TrainedFactors(nn.Module):
         width: d.
         bias: whether there is a bias.
         centred: whether there is a mean response.
+        ordered: whether there is an order.
     """
 
     def __init__(
-        self, counts: tuple[int, ...], heads: int, rows: int, width: int, bias: bool, centred: bool
+        self,
+        counts: tuple[int, ...],
+        heads: int,
+        rows: int,
+        width: int,
+        bias: bool,
+        centred: bool,
+        ordered: bool = False,
     ) -> None:
         super().__init__()
         total = sum(counts)
@@ -70,6 +78,8 @@ class TrainedFactors(nn.Module):
         self.mean_response: torch.Tensor | None
         self.register_buffer("sigma", torch.zeros(total))
         self.register_buffer("mean_response", torch.zeros(total) if centred else None)
+        self.order: torch.Tensor | None
+        self.register_buffer("order", torch.arange(heads) if ordered else None)
         owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         self.register_buffer("owner", owner, persistent=False)
 
@@ -80,6 +90,7 @@ class TrainedFactors(nn.Module):
         heads: int,
         bias: torch.Tensor | None,
         mean: torch.Tensor | None,
+        order: tuple[int, ...] | None = None,
     ) -> TrainedFactors:
         """Factors as decomposed, cut to ``counts`` components a block.
 
@@ -89,11 +100,20 @@ class TrainedFactors(nn.Module):
             heads: key/value heads in all.
             bias: ``[heads * D]`` of the projection, or None.
             mean: ``[d]`` input whose error is to be zero, or None.
+            order: heads block by block; None is their own order.
         """
         rows, width = blocks[0].up.shape[0], blocks[0].down.shape[1]
         made = TrainedFactors(
-            counts, heads, rows, width, bias is not None or mean is not None, mean is not None
+            counts,
+            heads,
+            rows,
+            width,
+            bias is not None or mean is not None,
+            mean is not None,
+            order is not None,
         )
+        if made.order is not None:
+            made.order.copy_(torch.tensor(order))
         kept = [b.truncated(n) for b, n in zip(blocks, counts, strict=True)]
         with torch.no_grad():
             made.up.copy_(torch.cat([b.up for b in kept], 1))
@@ -110,7 +130,7 @@ class TrainedFactors(nn.Module):
                     (b.up[:, n:] * b.sigma[n:]) @ r[n:]
                     for b, r, n in zip(blocks, responses, counts, strict=True)
                 ]
-                made.bias.add_(torch.cat(owed).to(made.bias))
+                made.bias.add_(made._by_head(torch.cat(owed)).flatten().to(made.bias))
         return made
 
     @property
@@ -176,8 +196,13 @@ class TrainedFactors(nn.Module):
         bias: torch.Tensor = self.bias
         if self.mean_response is not None:
             owed = self.up * ((self.sigma - gates) * self.mean_response)
-            bias = bias + torch.cat([part.sum(1) for part in owed.split(self.counts, 1)])
+            owed = torch.cat([part.sum(1) for part in owed.split(self.counts, 1)])
+            bias = bias + self._by_head(owed).flatten()
         return bias.view(self.heads, self.head_dim)
+
+    def _by_head(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows ``[heads * D]`` that lie block by block as ``[heads, D]``, in the heads' order."""
+        return in_head_order(rows.view(self.heads, self.head_dim), self.order)
 
 
 class TrainedLayer(nn.Module):
@@ -251,6 +276,8 @@ class TrainedLayer(nn.Module):
             heads=keys.heads,
             key_eps=self.key_eps,
             key_norm=self.key_norm,
+            # Apart from the trained form's: a file holds both.
+            key_order=None if keys.order is None else keys.order.clone(),
         )
 
 
@@ -267,6 +294,7 @@ class FoldedLayer:
         heads: H_kv.
         key_eps: epsilon of the norm on keys, or None.
         key_norm: ``[D]``, weight of that norm if it is not yet folded into ``key_up``.
+        key_order: int64 ``[H_kv]``, key heads group by group; None is their own order.
     """
 
     ranks: LayerRanks
@@ -279,10 +307,11 @@ class FoldedLayer:
     heads: int
     key_eps: float | None = None
     key_norm: torch.Tensor | None = None
+    key_order: torch.Tensor | None = None
 
     def weights(self, dtype: torch.dtype, device: Any = None) -> LatentWeights:
         """What attention reads, in its dtype and on its device."""
-        key_up, key_index = _per_head(self.key_up, self.ranks.keys, self.heads)
+        key_up, key_index = _per_head(self.key_up, self.ranks.keys, self.heads, self.key_order)
         gram = None
         if self.key_norm is not None:
             gram = key_up.transpose(1, 2) @ key_up
@@ -307,17 +336,26 @@ class FoldedLayer:
         """Tensors to save, by field name."""
         found = {name: getattr(self, name) for name in FOLDED_TENSORS}
         return {
-            name: tensor.detach().to("cpu", dtype).contiguous()
+            name: tensor.detach()
+            .to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+            .contiguous()
             for name, tensor in found.items()
             if tensor is not None
         }
 
 
-FOLDED_TENSORS = ("key_up", "key_down", "key_bias", "value_up", "value_down", "value_bias")
+FOLDED_TENSORS = (
+    "key_up", "key_down", "key_bias", "value_up", "value_down", "value_bias", "key_order",
+)  # fmt: skip
+
+
+def in_head_order(blocks: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """``[H, ...]`` that lies in ``order`` (None: the heads' own) in the heads' own order."""
+    return blocks if order is None else blocks[order.argsort()]
 
 
 def _per_head(
-    columns: torch.Tensor, ranks: tuple[int, ...], heads: int
+    columns: torch.Tensor, ranks: tuple[int, ...], heads: int, order: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``up [n, R]`` as ``[H, D, r]`` padded with zeros, and each head's channels ``[H, r]``."""
     index, real = padded_index(ranks, heads, columns.device)
@@ -325,7 +363,8 @@ def _per_head(
     lanes = columns.unflatten(0, (members, -1))  # [heads of a group, D, R]
     member = torch.arange(heads, device=columns.device) % members
     picked = lanes[member[:, None], :, index]  # [H, r, D]
-    return picked.transpose(1, 2) * real[:, None, :], index
+    up = picked.transpose(1, 2) * real[:, None, :]
+    return in_head_order(up, order), in_head_order(index, order)
 
 
 def _block_sparse(columns: torch.Tensor, ranks: tuple[int, ...], heads: int) -> torch.Tensor:
@@ -406,4 +445,5 @@ def _blank(
         spec.hidden,
         f"{kind}.bias" in tensors,
         f"{kind}.mean_response" in tensors,
+        f"{kind}.order" in tensors,
     )

@@ -21,7 +21,8 @@ from starkv_core.artifacts import SCHEMA, check_schema, parse_yaml, read_yaml
 from starkv_core.errors import UserError
 from starkv_core.sizes import fit_of
 
-Method = Literal["star", "paper"]
+Method = Literal["star", "paper", "uniform", "palu", "recalkv", "eigen", "care"]
+ONE_SHOT: Final = ("uniform", "palu", "recalkv", "eigen", "care")  # they have no training
 
 
 @dataclass(frozen=True)
@@ -124,16 +125,21 @@ class DataSection:
 class StartSection:
     """The decomposition that training starts from; with steps 0 it is the result.
 
-    keys: weights (plain SVD), whitened, or query-aware.
-    values: weights (plain SVD), whitened, or mixed by attention.
+    keys: weights (plain SVD), whitened, query-aware, or eigen: basis of keys and queries together.
+    values: weights (plain SVD), whitened, mixed by attention, or calibrated: whitened, then fitted
+        to what the layer sees once the layers before it are compressed.
     center: take the mean out of the second moments; a bias makes up for it. Under a norm on keys,
         which leaves no room for one, the mean of the keys is only discounted.
     output_aware: weight values by the output projection.
     allocation: start ranks: uniform (one share everywhere), common (one threshold on the singular
-        values) or probed (water-filling by what each layer's error does to the output).
+        values), probed (water-filling by what each layer's error does to the output), fisher (in
+        proportion to the gradients of the weights), greedy (by the share of what is left that a row
+        takes off) or error (one error of the output in all layers).
     output_damping: share of the mean added to that weight, as a fraction.
-    key_group: key heads per factorisation; 1 is head-wise.
-    value_group: value heads per factorisation; 0 is joint, all heads of a layer.
+    key_group: key heads per factorisation; 1 is head-wise; 0, or more than there are, is joint: all
+        heads of a layer.
+    value_group: the same for values.
+    key_order: heads in a group are neighbours (given), or alike by CKA (cka).
     sequences: sequences of data.length tokens that the statistics are taken from.
     shrinkage: share of the second moments that is replaced by a multiple of the identity.
     probes: sequences, of those, that sensitivities are measured on; for allocation probed.
@@ -141,15 +147,16 @@ class StartSection:
     skip_layers: layers left dense; negative numbers count from the last.
     """
 
-    keys: Literal["weights", "whitened", "query-aware"]
-    values: Literal["weights", "whitened", "mixed"]
+    keys: Literal["weights", "whitened", "query-aware", "eigen"]
+    values: Literal["weights", "whitened", "mixed", "calibrated"]
     center: bool
     output_aware: bool
-    allocation: Literal["uniform", "common", "probed"]
+    allocation: Literal["uniform", "common", "probed", "fisher", "greedy", "error"]
     slack: float = field(metadata={"range": _Range(1, also=0)})
     output_damping: float = field(default=0.3, metadata=_NOT_NEGATIVE)
-    key_group: int = field(default=1, metadata=_COUNT)
+    key_group: int = field(default=1, metadata=_NOT_NEGATIVE)
     value_group: int = field(default=0, metadata=_NOT_NEGATIVE)
+    key_order: Literal["given", "cka"] = "given"
     sequences: int = field(default=64, metadata=_COUNT)
     shrinkage: float = field(default=0.1, metadata=_FRACTION)
     probes: int = field(default=4, metadata=_COUNT)
@@ -190,9 +197,11 @@ class Recipe:
     """A resolved recipe.
 
     schema: version of the format.
-    method: star (ours) or paper (its gate, loss and hyperparameters).
+    method: star (ours), paper (its gate, loss and hyperparameters), or a baseline: uniform, palu,
+        recalkv, eigen, care. A method is its defaults; what they name can be combined.
     seed: of the order of documents and sequences; nothing else is random.
-    steps: optimiser steps in all; 0 decomposes once, without training.
+    steps: optimiser steps in all; 0 decomposes once, without training. Baselines take none,
+        whatever is asked for.
     rank_steps: the first of them, in which the ranks are learned; by default a third.
     batch: sequences per step.
     """
@@ -229,6 +238,23 @@ _SECTIONS: Final[dict[str, type]] = {
 }
 _BUDGETS: Final = ("ratio", "bytes_per_token", "fit")
 
+_PLAIN_OPTIM: Final[dict[str, Any]] = {
+    "lr": 2e-5,
+    "lr_relative": False,
+    "threshold_lr": 1e-2,
+    "weight_decay": 0.01,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "gate_slope": 50.0,
+}
+_PLAIN_START: Final[dict[str, Any]] = {
+    "keys": "weights",
+    "values": "weights",
+    "center": False,
+    "output_aware": False,
+    "allocation": "uniform",
+    "slack": 1.0,
+}
 _METHOD_DEFAULTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
     "star": {
         "start": {
@@ -250,23 +276,56 @@ _METHOD_DEFAULTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
         },
     },
     "paper": {
+        "start": {**_PLAIN_START, "allocation": "common", "slack": 0.0},
+        "optim": _PLAIN_OPTIM,
+    },
+    # The baselines; who they are from is told in starkv_core/calibrate/methods/.
+    "uniform": {"start": _PLAIN_START, "optim": _PLAIN_OPTIM},
+    "palu": {
         "start": {
-            "keys": "weights",
-            "values": "weights",
-            "center": False,
-            "output_aware": False,
-            "allocation": "common",
-            "slack": 0.0,
+            **_PLAIN_START,
+            "keys": "whitened",
+            "values": "whitened",
+            "allocation": "fisher",
+            "key_group": 4,
+            "value_group": 4,
+            "shrinkage": 0.0,
         },
-        "optim": {
-            "lr": 2e-5,
-            "lr_relative": False,
-            "threshold_lr": 1e-2,
-            "weight_decay": 0.01,
-            "beta1": 0.9,
-            "beta2": 0.999,
-            "gate_slope": 50.0,
+        "optim": _PLAIN_OPTIM,
+    },
+    "recalkv": {
+        "start": {
+            **_PLAIN_START,
+            "keys": "whitened",
+            "values": "calibrated",
+            "allocation": "fisher",
+            "key_group": 4,
+            "key_order": "cka",
+            "shrinkage": 0.0,
         },
+        "optim": _PLAIN_OPTIM,
+    },
+    "eigen": {
+        "start": {
+            **_PLAIN_START,
+            "keys": "eigen",
+            "values": "whitened",
+            "allocation": "error",
+            "value_group": 1,
+            "shrinkage": 0.0,
+        },
+        "optim": _PLAIN_OPTIM,
+    },
+    "care": {
+        "start": {
+            **_PLAIN_START,
+            "keys": "whitened",
+            "values": "whitened",
+            "allocation": "greedy",
+            "key_group": 0,
+            "shrinkage": 1 / 11,  # a tenth of the mean on the diagonal
+        },
+        "optim": _PLAIN_OPTIM,
     },
 }
 
@@ -360,6 +419,8 @@ class _Resolver:
     def _scalars(self) -> dict[str, Any]:
         given = {key: self.raw[key] for key in _SCALARS if key in self.raw}
         found = self._values(Recipe, given, _SCALARS, prefix="")
+        if found.get("method") in ONE_SHOT:
+            found["steps"] = 0
         steps, ranks = found.get("steps", Recipe.steps), found.get("rank_steps")
         if ranks is None or steps == 0:  # one-shot: nothing is learned, whatever the file says
             found["rank_steps"] = steps // 3

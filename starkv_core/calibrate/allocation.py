@@ -55,11 +55,28 @@ def uniform_ranks(sizes: Sequence[Sequence[int]], numbers: int) -> list[list[int
     Returns:
         Ranks for each group, as of :func:`best_ranks`.
     """
+    return proportional_ranks(sizes, [float(sum(blocks)) for blocks in sizes], numbers)
+
+
+def proportional_ranks(
+    sizes: Sequence[Sequence[int]], weights: Sequence[float], numbers: int
+) -> list[list[int]]:
+    """Ranks in proportion to a weight of each group, as close as row steps and full ranks allow.
+
+    Args:
+        sizes: for each group the full rank of each block; blocks of a group get even shares.
+        weights: of each group, positive.
+        numbers: as of :func:`best_ranks`.
+
+    Returns:
+        Ranks for each group, as of :func:`best_ranks`. What a group that is kept in full leaves
+        over goes to the others in their proportion.
+    """
     worths = []
-    for blocks in sizes:
+    for blocks, weight in zip(sizes, weights, strict=True):
         first, full = row_width(len(blocks)), sum(blocks)
-        # The share that a group has after a step: the lowest is served first.
-        worths.append([-(n + ROW_STEP) / full for n in range(first, full, ROW_STEP)])
+        # What a group has for its weight after a step: the lowest is served first.
+        worths.append([-(n + ROW_STEP) / weight for n in range(first, full, ROW_STEP)])
     totals = _totals(sizes, worths, numbers)
     return [_even(blocks, total) for blocks, total in zip(sizes, totals, strict=True)]
 

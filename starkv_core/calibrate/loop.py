@@ -194,7 +194,7 @@ def trained_numbers(recipe: Recipe, spec: ModelSpec, budget: Budget) -> int:
     spare = int(slack * budget.numbers) + layers * (spec.n_kv_heads + 1)
     kept = full if slack == 0 else min(full, spare)
     # Joint value factors have the most rows; counting half of the components as values is close.
-    rows = 0.5 * spec.head_dim * recipe.start.key_group + 0.5 * spec.kv_width
+    rows = 0.5 * spec.head_dim * group_sizes(recipe.start, spec)[0] + 0.5 * spec.kv_width
     return int(kept * (spec.hidden + rows))
 
 

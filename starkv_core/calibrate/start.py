@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any
 
 import torch
 
 from starkv_core.budget import Budget
-from starkv_core.calibrate.allocation import best_ranks, uniform_ranks
+from starkv_core.calibrate.allocation import best_ranks, proportional_ranks, uniform_ranks
 from starkv_core.calibrate.distill import distillation_loss
+from starkv_core.calibrate.layer_start import LayerStart, approximated
+from starkv_core.calibrate.methods.care import greedy_ranks
+from starkv_core.calibrate.methods.eigen import error_ranks, key_query_basis, query_moments
+from starkv_core.calibrate.methods.palu import fisher_scores
+from starkv_core.calibrate.methods.recalkv import calibrate_values, similar_heads
 from starkv_core.decompose import (
     Decomposition,
     decompose,
-    head_groups,
     output_metric,
     query_metric,
 )
@@ -34,32 +36,18 @@ _DISCOUNTED_MEAN = 0.98
 _PROBE_ROUNDS = 2
 
 
-@dataclass(frozen=True)
-class LayerStart:
-    """Full decompositions of one layer, float32 on the CPU.
-
-    Attributes:
-        keys, values: one decomposition per group of heads.
-        key_mean, value_mean: input means whose error the bias takes over, or None.
-    """
-
-    keys: list[Decomposition]
-    values: list[Decomposition]
-    key_mean: torch.Tensor | None
-    value_mean: torch.Tensor | None
-
-
 def group_sizes(start: StartSection, spec: ModelSpec) -> tuple[int, int]:
     """Heads per factorisation of keys and of values.
 
     Raises:
         UserError: sizes that do not divide the heads, or grouped keys under QK-norm.
     """
-    key_group = start.key_group
-    value_group = start.value_group or spec.n_kv_heads
+    heads = spec.n_kv_heads
+    key_group = min(start.key_group or heads, heads)
+    value_group = min(start.value_group or heads, heads)
     for name, group in (("key_group", key_group), ("value_group", value_group)):
-        if spec.n_kv_heads % group:
-            raise UserError(f"start.{name}: {group} does not divide {spec.n_kv_heads} heads")
+        if heads % group:
+            raise UserError(f"start.{name}: {group} does not divide {heads} heads")
     if spec.qk_norm and key_group != 1:
         raise UserError("start.key_group: keys with a norm per head need head-wise factors (1)")
     return key_group, value_group
@@ -71,9 +59,18 @@ def needs_statistics(start: StartSection) -> bool:
 
 
 def decompose_layer(
-    loaded: LoadedModel, index: int, start: StartSection, stats: LayerStatistics | None
+    loaded: LoadedModel,
+    index: int,
+    start: StartSection,
+    stats: LayerStatistics | None,
+    queries: torch.Tensor | None = None,
 ) -> LayerStart:
-    """Decompose keys and values of one layer as the recipe says (docs/design.md section 5)."""
+    """Decompose keys and values of one layer as the recipe says (docs/design.md section 5).
+
+    Args:
+        stats: of the layer; None where nothing looks at data.
+        queries: ``[H_kv, D, D]``, their second moments; for keys ``eigen``.
+    """
     spec = loaded.spec
     attention: Any = loaded.family.attentions(loaded.model)[index]
     device = attention.k_proj.weight.device
@@ -92,41 +89,54 @@ def decompose_layer(
             key_mean = None if spec.qk_norm else stats.mean
             value_mean = mean_v
 
+    order = None
+    if start.key_order == "cka":
+        heads = attention.k_proj.weight.unflatten(0, (spec.n_kv_heads, -1))
+        order = similar_heads(heads, key_group)
+
     def blocks(
-        weight: torch.Tensor, group: int, moment: Any, metric_of: Any
+        weight: torch.Tensor, groups: list[list[int]], moment: Any, decomposed: Any
     ) -> list[Decomposition]:
         moment = None if moment is None else moment.to(device, torch.float64)
-        found = []
-        for heads in head_groups(spec.n_kv_heads, group):
-            rows = weight[heads.start * spec.head_dim : heads.stop * spec.head_dim]
-            d = decompose(rows, moment, metric_of(heads))
-            found.append(
-                Decomposition(d.up.float().cpu(), d.sigma.float().cpu(), d.down.float().cpu())
-            )
-        return found
+        by_head = weight.unflatten(0, (spec.n_kv_heads, -1))
+        return [
+            decomposed(by_head[group].flatten(0, 1), moment, group).stored() for group in groups
+        ]
 
-    def key_metric(heads: range) -> torch.Tensor | None:
-        if start.keys != "query-aware" or stats is None:
-            return None
-        energy = stats.query_energy[heads.start : heads.stop].to(device, torch.float64)
+    def of_keys(rows: torch.Tensor, moment: Any, group: list[int]) -> Decomposition:
         norm = loaded.family.key_norm(attention)
-        if norm is not None:
-            energy = energy * norm[0].double().square()
-        return torch.block_diag(*[query_metric(e) for e in energy])
+        # What a query is to a key that has not passed its norm.
+        scale = rows.new_ones(spec.head_dim) if norm is None else norm[0].detach()
+        scale = scale.double()
+        if start.keys == "eigen" and queries is not None:
+            seen = queries[group].to(device, torch.float64)
+            return key_query_basis(rows, moment, seen * torch.outer(scale, scale))
+        if start.keys != "query-aware" or stats is None:
+            return decompose(rows, moment)
+        energy = stats.query_energy[group].to(device, torch.float64) * scale.square()
+        return decompose(rows, moment, torch.block_diag(*[query_metric(e) for e in energy]))
 
-    def value_metric(heads: range) -> torch.Tensor | None:
+    def of_values(rows: torch.Tensor, moment: Any, group: list[int]) -> Decomposition:
         if not start.output_aware:
-            return None
-        return output_metric(
-            attention.o_proj.weight, heads, spec.group, spec.head_dim, start.output_damping
+            return decompose(rows, moment)
+        metric = output_metric(
+            attention.o_proj.weight, group, spec.group, spec.head_dim, start.output_damping
         )
+        return decompose(rows, moment, metric)
 
+    in_order = list(range(spec.n_kv_heads))
     return LayerStart(
-        keys=blocks(attention.k_proj.weight, key_group, key_moment, key_metric),
-        values=blocks(attention.v_proj.weight, value_group, value_moment, value_metric),
+        blocks(attention.k_proj.weight, _split(order or in_order, key_group), key_moment, of_keys),
+        blocks(attention.v_proj.weight, _split(in_order, value_group), value_moment, of_values),
         key_mean=key_mean,
         value_mean=value_mean,
+        key_order=order,
     )
+
+
+def _split(heads: Sequence[int], group: int) -> list[list[int]]:
+    """Heads in groups of ``group``."""
+    return [list(heads[i : i + group]) for i in range(0, len(heads), group)]
 
 
 def _prepared(
@@ -163,12 +173,17 @@ def build_start(
         stats = gather_statistics(
             loaded, tokens, layers, mixed=recipe.start.values == "mixed", progress=progress
         )
+    queries: Mapping[int, torch.Tensor] = {}
+    if recipe.start.keys == "eigen":
+        queries = query_moments(loaded, tokens, layers, progress)
     starts: dict[int, LayerStart] = {}
     with progress.task("decomposition", len(layers), "layers") as task:
         for i in layers:
-            starts[i] = decompose_layer(loaded, i, recipe.start, stats.get(i))
+            starts[i] = decompose_layer(loaded, i, recipe.start, stats.get(i), queries.get(i))
             task.advance()
     ranks = start_ranks(loaded, recipe, budget, starts, tokens, progress)
+    if recipe.start.values == "calibrated":
+        starts = calibrate_values(loaded, starts, ranks, tokens, progress)
 
     settings = gate_settings(recipe)
     made = {}
@@ -176,7 +191,13 @@ def build_start(
         attention: Any = loaded.family.attentions(loaded.model)[i]
         made[i] = TrainedLayer(
             _factors(
-                start.keys, key_ranks, recipe, loaded.spec, attention.k_proj.bias, start.key_mean
+                start.keys,
+                key_ranks,
+                recipe,
+                loaded.spec,
+                attention.k_proj.bias,
+                start.key_mean,
+                start.key_order,
             ),
             _factors(
                 start.values,
@@ -196,7 +217,7 @@ def build_start(
 def gate_settings(recipe: Recipe) -> GateSettings:
     """Slope and units of the gate; where no ranks are learned it is a plain cut."""
     slope = recipe.optim.gate_slope if recipe.rank_steps else 1e9
-    return GateSettings(slope, log_units=recipe.method == "star")
+    return GateSettings(slope, log_units=recipe.method != "paper")
 
 
 def _factors(
@@ -206,6 +227,7 @@ def _factors(
     spec: ModelSpec,
     bias: torch.Tensor | None,
     mean: torch.Tensor | None,
+    order: tuple[int, ...] | None = None,
 ) -> TrainedFactors:
     slack = recipe.start.slack
     counts = tuple(
@@ -213,7 +235,7 @@ def _factors(
         for b, r in zip(blocks, ranks, strict=True)
     )
     bias = None if bias is None else bias.float().cpu()
-    return TrainedFactors.start(blocks, counts, spec.n_kv_heads, bias, mean)
+    return TrainedFactors.start(blocks, counts, spec.n_kv_heads, bias, mean, order)
 
 
 def start_ranks(
@@ -228,7 +250,8 @@ def start_ranks(
 
     ``uniform``: the same share everywhere. ``common``: one threshold on sigma for all. ``probed``:
     water-filling of ``sensitivity * sigma^2``, from the KL that a layer's keys (or values) alone
-    cause at the ranks of the round before.
+    cause at the ranks of the round before. ``fisher``, ``greedy``, ``error``: those of Palu, CARE
+    and EigenAttention (:mod:`starkv_core.calibrate.methods`).
     """
     groups = [blocks for s in starts.values() for blocks in (s.keys, s.values)]
 
@@ -240,9 +263,18 @@ def start_ranks(
         return best_ranks(scores, budget.numbers)
 
     kind = recipe.start.allocation
+    sizes = [[len(d.sigma) for d in blocks] for blocks in groups]
     if kind == "uniform":
-        sizes = [[len(d.sigma) for d in blocks] for blocks in groups]
         ranks = uniform_ranks(sizes, budget.numbers)
+    elif kind == "fisher":
+        scores = fisher_scores(loaded, list(starts), tokens, progress)
+        ranks = proportional_ranks(sizes, [s for pair in scores for s in pair], budget.numbers)
+    elif kind == "greedy":
+        spectra = [[d.sigma.double().square() for d in blocks] for blocks in groups]
+        ranks = greedy_ranks(spectra, budget.numbers)
+    elif kind == "error":
+        probes = tokens[: recipe.start.probes]
+        ranks = error_ranks(loaded, starts, budget.numbers, probes, progress)
     elif kind == "common":
         ranks = filled([1.0] * len(groups))
     else:
@@ -276,9 +308,9 @@ def _sensitivities(
     found: list[float] = []
     with progress.task("sensitivity", 2 * len(starts), "probes") as task:
         for i, start in starts.items():
-            for linear, blocks, mean in (
-                (attentions[i].k_proj, start.keys, start.key_mean),
-                (attentions[i].v_proj, start.values, start.value_mean),
+            for linear, blocks, mean, order in (
+                (attentions[i].k_proj, start.keys, start.key_mean, start.key_order),
+                (attentions[i].v_proj, start.values, start.value_mean, None),
             ):
                 block_ranks = ranks[len(found)]
                 dropped = sum(
@@ -286,7 +318,7 @@ def _sensitivities(
                     for d, r in zip(blocks, block_ranks, strict=True)
                 )
                 total = 0.0
-                with _approximated(linear, blocks, block_ranks, mean):
+                with approximated(linear, blocks, block_ranks, mean, order):
                     for row, target in zip(rows, teacher, strict=True):
                         hidden = loaded.model.model(row[None], use_cache=False)[0]
                         total += float(distillation_loss(hidden, target, head))
@@ -298,21 +330,3 @@ def _sensitivities(
                 found.append(measured**0.5 / energy[len(found)])
                 task.advance()
     return found
-
-
-@contextmanager
-def _approximated(
-    linear: Any, blocks: list[Decomposition], ranks: list[int], mean: torch.Tensor | None
-) -> Iterator[None]:
-    """Put the low-rank approximation in place of one projection's weight, and the weight back."""
-    weight, bias = linear.weight.data, linear.bias
-    low = torch.cat([d.product(r) for d, r in zip(blocks, ranks, strict=True)])
-    try:
-        linear.weight.data = low.to(weight)
-        if mean is not None:
-            owed = (weight - linear.weight.data).float() @ mean.to(weight.device)
-            owed = owed if bias is None else owed + bias.float()
-            linear.bias = torch.nn.Parameter(owed.to(weight.dtype), requires_grad=False)
-        yield
-    finally:
-        linear.weight.data, linear.bias = weight, bias

@@ -16,6 +16,7 @@ import torch
 
 from starkv_core.attention import LatentWeights
 from starkv_core.decompose import output_metric, query_metric
+from starkv_core.errors import UserError
 from starkv_core.models.spec import ModelSpec
 from starkv_core.quant.measure import LatentStatistics
 from starkv_core.quant.rotation import rotation
@@ -107,7 +108,16 @@ def sides_of(weights: LatentWeights, key_groups: int, stats: LatentStatistics) -
 
     Args:
         key_groups: factorisations of the keys.
+
+    Raises:
+        UserError: heads of a group are not neighbours (``start.key_order: cka``).
     """
+    firsts = weights.key_index[:, 0].tolist()
+    if firsts != sorted(firsts):
+        raise UserError(
+            "quantize: key heads of this run are grouped out of order (start.key_order: cka), which"
+            " codes do not support; calibrate with start.key_order=given"
+        )
 
     def wide(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to("cpu", torch.float64)

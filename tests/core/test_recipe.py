@@ -93,7 +93,7 @@ def test_all_faults_at_once() -> None:
         "--set nothing: expected key=value",
         "stepz: unknown key; the nearest is steps",
         "lr: unknown key; the nearest is optim.lr",
-        "method: must be one of star, paper, got 'stra'",
+        "method: must be one of star, paper, uniform, palu, recalkv, eigen, care, got 'stra'",
         "seed: must be a whole number, got true",
         "batch: must be at least 1, got 0",
         "model.trust_remote_code: unknown key; the nearest is model.revision",
