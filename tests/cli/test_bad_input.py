@@ -142,7 +142,6 @@ def test_impossible_budget(
     ("setting", "reason"),
     [
         ("start.skip_layers=[7]", "layer 7 does not exist"),
-        ("start.key_group=3", "3 does not divide 2 heads"),
         ("data.length=4096", "the model's context is 1024"),
         ("model.name=./nowhere", "no such model folder"),
         ("data.source=nowhere.txt", "nowhere.txt: no such file"),

@@ -27,7 +27,7 @@ from starkv_core.calibrate.methods.recalkv import (
     cka,
     similar_heads,
 )
-from starkv_core.calibrate.start import build_start, decompose_layer
+from starkv_core.calibrate.start import build_start, decompose_layer, group_sizes
 from starkv_core.decompose import Decomposition, decompose
 from starkv_core.errors import UserError
 from starkv_core.models.load import LoadedModel
@@ -125,6 +125,17 @@ def test_under_a_norm_on_keys() -> None:
         assert models.deployed(loaded, method=method).ranks is not None
     with pytest.raises(UserError, match="start.key_group: keys with a norm"):
         models.deployed(loaded, method="care")
+    assert models.deployed(loaded, method="care", start={"key_group": 1}).ranks is not None
+
+
+def test_groups_of_more_heads_than_there_are_take_them_all() -> None:
+    spec = models.model("llama").spec  # four key heads
+    for group, wanted in ((0, 4), (1, 1), (2, 2), (4, 4), (5, 4)):
+        start = models.recipe(start={"key_group": group, "value_group": group}).start
+        assert group_sizes(start, spec) == (wanted, wanted)
+    for name in ("key_group", "value_group"):
+        with pytest.raises(UserError, match=f"start.{name}: 3 does not divide 4 heads"):
+            group_sizes(models.recipe(start={name: 3}).start, spec)
 
 
 def test_proportional_ranks_are_within_a_row_step_of_the_proportion() -> None:
