@@ -129,7 +129,7 @@ def evaluate(
         depths=tuple(_numbers("depths", depths, float)),
         prompts=prompts,
         seed=seed,
-        batch=None if batch == "auto" else _numbers("batch-size", batch, int)[0],
+        batch=_batch(batch),
         dense=not no_dense,
         limit=limit,
         decode_path=decode_path,
@@ -188,6 +188,15 @@ def _files(subject: Subject, out: Path | None) -> tuple[Path, Path] | None:
     stems = chain([stamp], (f"{stamp}-{n}" for n in count(2)))
     stem = next(s for s in stems if not (results / f"{s}.json").exists())
     return results / f"{stem}.json", figures / f"{stem}.png"
+
+
+def _batch(text: str) -> int | None:
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"--batch-size {text!r}: a number or auto is expected") from None
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -179,7 +179,11 @@ class TestWithHarness:
             (["--tasks", "piqa", "--data", "no/such"], ["--data no/such", "no such folder"]),
             (["--tasks", "piqa", "--include-path", "no/such"], ["--include-path no/such"]),
             (["--tasks", "piqa", "--limit", "0"], ["limit 0"]),
-            (["--tasks", "piqa", "--batch-size", "many"], ["--batch-size", "many"]),
+            (
+                ["--tasks", "piqa", "--batch-size", "many"],
+                ["--batch-size 'many'", "a number or auto"],
+            ),
+            (["--tasks", "piqa", "--batch-size", ""], ["--batch-size ''"]),
         ],
     )
     def test_faults_are_told_before_the_model_loads(

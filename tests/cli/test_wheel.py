@@ -41,10 +41,11 @@ def test_contents(wheel: Path) -> None:
     for package in ("starkv_cli", "starkv_core", "triton_ops"):
         assert f"{package}/py.typed" in names
     assert {f"starkv_core/recipes/{name}.yaml" for name in recipe_names()} <= names
-    embedded = ROOT / "starkv_core" / "embedded"
+    core = ROOT / "starkv_core"
     shipped = {
         path.relative_to(ROOT).as_posix()
-        for path in embedded.rglob("*")
+        for folder in (core / "embedded", core / "eval" / "tasks")
+        for path in folder.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert shipped <= names

@@ -9,11 +9,14 @@ import torch
 
 from starkv_core.errors import RunFailure, UserError
 from starkv_core.eval import likelihood as module
+from starkv_core.eval import steps
 from starkv_core.eval.batching import Batches
 from starkv_core.eval.likelihood import Path, Request, score
+from starkv_core.models import load
 from starkv_core.run import Subject, dense_of
 from tests import models
 from tests.standin import StandinSubject, make_subject
+from tests.tolerances import FP16_NLL
 
 PATHS: tuple[Path, ...] = ("prefill", "decode")
 SIZES = ((9, 3), (1, 5), (14, 1), (30, 20), (2, 2), (1, 1))  # context, continuation
@@ -174,3 +177,28 @@ def test_batches_keep_order_and_shrink_where_memory_ends() -> None:
     seen.clear()
     Batches(3, torch.device("cpu")).run([1] * 7, lambda n: n, work)
     assert [len(part) for part in seen] == [3, 3, 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dense", "latents", "codes"])
+def test_replayed_steps_score_what_single_steps_do(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts of uneven length, padded on the left, on the embedded model in float16."""
+    loaded = load(None, device="cuda", dtype="float16")
+    subject = models.deployed(loaded, dtype=torch.float16)
+    if kind == "codes":
+        subject = models.coded(subject, bits=(8, 4), sinks=4, window=32)
+    elif kind == "dense":
+        subject = dense_of(subject)
+    sizes = [(90, 40)] * 3 if kind == "codes" else [(90, 40), (300, 25), (1, 33)]
+    rows = [models.ids(1, a + b, seed=a + b + i)[0].tolist() for i, (a, b) in enumerate(sizes)]
+    asked = [Request(row[:a], row[a:]) for row, (a, _) in zip(rows, sizes, strict=True)]
+    replayed, held = score(subject, asked, "decode")
+    monkeypatch.setattr(steps, "captured_steps", lambda *args: None)
+    single, same = score(subject, asked, "decode")
+    assert held == same
+    for one, other, request in zip(replayed, single, asked, strict=True):
+        count = len(request.targets)
+        assert abs(one.log_likelihood - other.log_likelihood) < FP16_NLL * count
+        assert one.greedy == other.greedy
