@@ -39,8 +39,8 @@ def pack(
     windows of perplexity are cut from a text as published figures are: only the first has it.
 
     Returns int64 token ids ``[count, length]``, or as many rows as the text gives if those are
-    ``least`` or more. UserError if the text is too short, or the tokenizer has no end-of-sequence
-    token.
+    ``least`` or more; the first ``least`` are those that a call for no more of them returns.
+    UserError if the text is too short, or the tokenizer has no end-of-sequence token.
     """
     end = tokenizer.eos_token_id
     if end is None:
@@ -62,7 +62,11 @@ def pack(
     count = min(count, len(ids) // size)
     rows = torch.tensor(ids[: count * size], dtype=torch.int64).view(count, -1)
     rows = torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), rows], dim=1)
-    return rows[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
+    generator = torch.Generator().manual_seed(seed)
+    first = min(needed, count)
+    order = torch.randperm(first, generator=generator)
+    more = first + torch.randperm(count - first, generator=generator)
+    return rows[torch.cat((order, more))]
 
 
 def plant(
@@ -77,7 +81,8 @@ def plant(
 
     Args:
         rows: int64 ``[N, L]``, as of :func:`pack`; rows under 32 tokens stay as they are.
-        share: of the rows, 0 to 1; which ones depends on ``seed``.
+        share: of the rows, 0 to 1, spread evenly; each row's passages depend on ``seed`` and its
+            place alone, not on how many rows follow.
 
     Returns:
         int64 ``[N, L]``, a copy.
@@ -86,8 +91,10 @@ def plant(
     half = rows.shape[1] // 2
     if half < 2 * _LEAST:
         return found
-    order = random.Random(seed)
-    for n in sorted(order.sample(range(len(rows)), round(share * len(rows)))):
+    for n in range(len(rows)):
+        if round(share * (n + 1)) == round(share * n):
+            continue
+        order = random.Random(f"{seed} {n}")
         count = max(1, half // _SPAN)
         room = (half - 1) // count
         make = order.choice((_own, _shuffled_tokens, _record))

@@ -274,9 +274,8 @@ def quantize_run(
         if recover_steps:
             layers, recovery = recover(subject, layers, recipe, pool, recover_steps, progress)
         ranks = quantised_ranks(layers, subject.spec.n_layers)
-        coded = deployed_subject(
-            subject.base, ranks, layers, run_dir, subject.store_dtype, "reference"
-        )
+        # As it will be deployed, kernels included: the gate must see what users will.
+        coded = deployed_subject(subject.base, ranks, layers, run_dir, subject.store_dtype)
         kl = decoded_kl(coded, subject, check, progress)
         if not kl <= KL_LIMIT and not force:
             raise RunFailure(

@@ -246,6 +246,17 @@ def test_planting_depends_on_seed_and_share_alone(share: float) -> None:
     assert int((planted != rows).any(1).sum()) == round(share * 4)
 
 
+def test_more_rows_change_none_of_the_first() -> None:
+    """What calibration kept out stays out of what a longer recovery trains on."""
+    loaded = load(None, device="cpu")
+    few, many = (
+        pack(loaded.tokenizer, documents("builtin"), 128, count, 3, least=8) for count in (8, 30)
+    )
+    assert len(many) == 30 and torch.equal(many[:8], few)
+    planted = plant(loaded.tokenizer, many, 0.4, seed=1)
+    assert torch.equal(planted[:8], plant(loaded.tokenizer, few, 0.4, seed=1))
+
+
 def test_rows_too_short_to_ask_are_left_alone() -> None:
     tokenizer, rows = builtin_rows(4, 16)
     assert torch.equal(plant(tokenizer, rows, 1.0, seed=1), rows)
