@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from starkv_cli.console import Interrupted, emit_json, note, print_table, progress
-from starkv_cli.options import Backend, BaseModel, Device, DeviceMap, Dtype, SubjectArgument
+from starkv_cli.options import Backend, BaseModel, Device, DeviceMap, Dtype
 from starkv_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,14 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    subject: SubjectArgument = None,
+    subjects: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN|MODEL]...",
+            help="Run folder, model folder or hub id, several with --compare. Default: the "
+            "embedded model.",
+        ),
+    ] = None,
     tasks: Annotated[
         str,
         typer.Option(
@@ -99,6 +106,14 @@ def evaluate(
         Path | None,
         typer.Option(help="New folder for report and figure. Default: in RUN; of a MODEL, none."),
     ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Set what is measured already of several runs side by side; nothing is run. With "
+            "--out, a PNG of quality against cache bytes.",
+        ),
+    ] = False,
     no_dense: Annotated[
         bool, typer.Option("--no-dense", help="Leave out the dense baseline of RUN.")
     ] = False,
@@ -108,6 +123,13 @@ def evaluate(
 
     Example: starkv eval runs/tiny-embedded --tasks perplexity,passkey --mode both --windows 8
     """
+    if compare:
+        _compare(subjects or [], out, as_json)
+        return
+    if subjects is not None and len(subjects) > 1:
+        raise UserError(f"{len(subjects)} runs to evaluate; name one, or compare with --compare")
+    subject = subjects[0] if subjects else None
+
     from starkv_core.eval.perplexity import MODES
     from starkv_core.eval.records import Kept, holds_only_records
     from starkv_core.eval.report import LENGTHS, TASKS, EvalOptions
@@ -174,6 +196,30 @@ def evaluate(
         emit_json(report.document)
     else:
         print_table(f"Evaluation of {opened.name}", ["", *report.columns], report.rows())
+
+
+def _compare(sources: list[str], out: Path | None, as_json: bool) -> None:
+    """Print one table of runs; write it and its figure to a new folder."""
+    from starkv_core.artifacts import write_json_atomic
+    from starkv_core.eval.compare import compare
+
+    if out is not None and out.exists():
+        raise UserError(f"{out} already exists; give another --out")
+    found = compare(sources)
+    if out is not None:
+        found.figure(out / "compare.png")
+        write_json_atomic(out / "compare.json", found.to_dict())
+        note(f"wrote {out / 'compare.png'}\nwrote {out / 'compare.json'}")
+    if as_json:
+        emit_json(found.to_dict())
+        return
+    print_table(
+        "Comparison",
+        ["", *(column.label for column in found.columns)],
+        found.rows(),
+        caption=f"± standard error; in brackets the difference from {found.columns[0].label}, "
+        "± half of its 95% interval",
+    )
 
 
 def _files(subject: Subject, out: Path | None) -> tuple[Path, Path] | None:

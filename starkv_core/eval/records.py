@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from starkv_core.run import Subject
 
 _PREFIX = "task-"
+_NORMAL_95 = 1.96  # standard errors on either side of a mean that hold 95%
 
 
 @dataclass(frozen=True)
@@ -164,3 +165,26 @@ def mean_of(metrics: Sequence[Metric]) -> Metric:
         math.sqrt(sum(e * e for e in errors)) / len(metrics) if whole else None,
         metrics[0].better,
     )
+
+
+def shown(metric: Metric, reference: Metric | None = None) -> str:
+    """A figure for people: shares in percent, with the standard error behind.
+
+    With a reference, the difference from it instead, and behind it half of its 95% interval. That
+    takes the two as independent; they answer the same rows, so it is rather too wide.
+    """
+    if metric.value is None or reference is not None and reference.value is None:
+        return "infinite" if metric.value is None else ""
+    share = metric.name.startswith(("acc", "exact_match", "mean")) and 0 <= metric.value <= 1
+    scale, digits, unit = (100.0, ".1f", "%") if share else (1.0, ".4g", "")
+    if reference is None or reference.value is None:
+        error = metric.stderr
+        text = f"{scale * metric.value:{digits}}{unit}"
+    else:
+        error = None
+        if metric.stderr is not None and reference.stderr is not None:
+            error = _NORMAL_95 * math.hypot(metric.stderr, reference.stderr)
+        text = f"{scale * (metric.value - reference.value):+{digits}}"
+    if error is None:
+        return text
+    return f"{text} ± {scale * error:{'.1f' if share else '.2g'}}"

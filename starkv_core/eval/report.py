@@ -24,7 +24,7 @@ from starkv_core.eval.perplexity import (
     cut_windows,
     perplexity,
 )
-from starkv_core.eval.records import Kept, Metric, Record, mean_of, run_hash
+from starkv_core.eval.records import Kept, Metric, Record, mean_of, run_hash, shown
 from starkv_core.eval.retrieval import (
     TASKS as RETRIEVAL,
 )
@@ -192,9 +192,9 @@ class Report:
         for task, record in first.tasks.items():
             for metric in record.metrics:
                 label = f"{task}, {metric.name} ({record.path}, n {record.n})"
-                rows.append([label, *(_shown(f.tasks[task].metric(metric.name)) for f in figures)])
+                rows.append([label, *(shown(f.tasks[task].metric(metric.name)) for f in figures)])
         for means in zip(*(f.means(self.groups) for f in figures), strict=True):
-            rows.append([f"{means[0][0]}, mean", *(_shown(metric) for _, metric in means)])
+            rows.append([f"{means[0][0]}, mean", *(shown(metric) for _, metric in means)])
         held = first.cache.tokens
         bytes_label = f"cache bytes per token (measured at {held} tokens)"
         rows.append([bytes_label, *(f"{f.cache.per_token:,.0f}" for f in figures)])
@@ -385,18 +385,6 @@ def _records(
                 task, column, "decode", n, (metric,), data, run, made, options, cache=grid.cache
             )
     yield from figures.tasks.values()
-
-
-def _shown(metric: Metric) -> str:
-    """A figure for people: shares in percent, with the standard error behind."""
-    if metric.value is None:
-        return "infinite"
-    share = metric.name.startswith(("acc", "exact_match", "mean")) and 0 <= metric.value <= 1
-    if share:
-        error = "" if metric.stderr is None else f" ± {100 * metric.stderr:.1f}"
-        return f"{100 * metric.value:.1f}%{error}"
-    error = "" if metric.stderr is None else f" ± {metric.stderr:.2g}"
-    return f"{metric.value:.4g}{error}"
 
 
 def _tokens_needed(options: EvalOptions, windows: int | None) -> int | None:

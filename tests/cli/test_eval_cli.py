@@ -159,3 +159,33 @@ def test_unusable_text(
     path.write_bytes(content)
     assert starkv("eval", on_disk.model, "--text", path) == 2
     assert ("UTF-8" if content.startswith(b"caf") else "empty") in capsys.readouterr().err
+
+
+def test_runs_side_by_side(
+    on_disk: OnDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "both"
+    args = ["--tasks", "perplexity", "--window", 64, "--windows", 2, "--text", on_disk.text]
+    assert starkv("eval", on_disk.run, *args, "--out", first) == 0
+    assert starkv("eval", on_disk.model, *args, "--out", second) == 0
+    capsys.readouterr()
+    assert starkv("eval", "--compare", first, second, "--out", out, "--json") == 0
+    columns = json.loads(capsys.readouterr().out)["columns"]
+    # one dense model, whichever report has it
+    assert [column["label"] for column in columns] == ["dense", str(first)]
+    values = [column["figures"][0]["value"] for column in columns]
+    reports = json.loads((first / "eval.json").read_text())
+    assert values == [
+        reports[name]["perplexity"]["prefill"]["ppl"] for name in ("dense", "compressed")
+    ]
+    assert {path.name for path in out.iterdir()} == {"compare.png", "compare.json"}
+    assert starkv("eval", "--compare", first) == 0
+    assert "perplexity, ppl (prefill, n 2)" in capsys.readouterr().out
+    for refused, words in (
+        (["eval", first, second], "--compare"),
+        (["eval", "--compare"], "name the runs"),
+        (["eval", "--compare", tmp_path / "none"], "no report"),
+        (["eval", "--compare", first, "--out", out], "already exists"),
+    ):
+        assert starkv(*refused) == 2
+        assert words in capsys.readouterr().err
