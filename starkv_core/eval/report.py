@@ -206,8 +206,8 @@ class Report:
             if bits:
                 label = "bits of a stored latent, keys and values (codes only)"
                 only.insert(0, (label, f"{bits['keys']:.2f} and {bits['values']:.2f}"))
-            for label, shown in only:
-                rows.append([label, *(shown if n == "compressed" else "" for n in self.columns)])
+            for label, figure in only:
+                rows.append([label, *(figure if n == "compressed" else "" for n in self.columns)])
         return rows
 
     def write(self, report: Path, figure: Path) -> list[Path]:
