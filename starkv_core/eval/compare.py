@@ -98,18 +98,28 @@ class Comparison:
         }
 
     def figure(self, path: Path) -> None:
-        """Write a PNG: every figure that two columns share at least, against cache bytes."""
+        """Write a PNG: the main figure of each task that two columns share, against cache bytes."""
         from matplotlib.figure import Figure
 
         from starkv_core.figures import save_png
 
-        shared = [r for r in self._rows() if sum(r in c.figures for c in self.columns) > 1]
+        first: dict[str, str] = {}
+        for row in self._rows():
+            first.setdefault(row.task, PROTOCOL.get(row.task, row.metric))
+        shared = [
+            row
+            for row in self._rows()
+            if row.metric == first[row.task] and sum(row in c.figures for c in self.columns) > 1
+        ]
         if not shared:
             raise UserError("--compare: no task is in two of the reports with the same rows")
         across = min(3, len(shared))
         down = -(-len(shared) // across)
         figure = Figure(figsize=(4.2 * across, 3.2 * down), layout="constrained")
-        for ax, row in zip(figure.subplots(down, across, squeeze=False).flat, shared, strict=False):
+        axes = list(figure.subplots(down, across, squeeze=False).flat)
+        for ax in axes[len(shared) :]:
+            ax.set_axis_off()
+        for ax, row in zip(axes, shared, strict=False):
             for column in self.columns:
                 metric = column.figures.get(row)
                 if metric is None or metric.value is None:
@@ -118,7 +128,7 @@ class Comparison:
                     column.bytes_per_token, metric.value, yerr=metric.stderr, fmt="o", capsize=3
                 )
                 ax.annotate(
-                    column.label,
+                    Path(column.label).name,
                     (column.bytes_per_token, metric.value),
                     xytext=(4, 4),
                     textcoords="offset points",
