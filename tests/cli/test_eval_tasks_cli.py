@@ -50,15 +50,15 @@ class TestWithHarness:
         pytest.importorskip("lm_eval", reason="lm-eval is not installed (starkv[eval])")
 
     def test_beside_the_built_in_tasks(
-        self, on_disk: OnDisk, data: Path, capsys: pytest.CaptureFixture[str]
+        self, on_disk: OnDisk, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         args = ["--tasks", "perplexity,zero-shot", "--windows", 1, "--window", 64]
-        args += ["--data", data, "--limit", 2, "--text", on_disk.text]
+        args += ["--data", data, "--limit", 2, "--text", on_disk.text, "--out", tmp_path / "out"]
         assert starkv("eval", on_disk.run, *args) == 0
         printed = capsys.readouterr()
         assert "piqa, acc (prefill, n 2)" in printed.out
         assert "zero-shot, mean" in printed.out
-        report = json.loads(max(on_disk.run.glob("results/eval-*.json")).read_text())
+        report = json.loads((tmp_path / "out/eval.json").read_text())
         found = {(r["subject"], r["task"]): r for r in report["results"]}
         assert {task for _, task in found} == {"perplexity", *FILES}
         assert {subject for subject, _ in found} == {"dense", "compressed"}
