@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch import Tensor
 
-from starkv_core.errors import RunFailure
+from starkv_core.errors import RunFailure, UserError
 
 if TYPE_CHECKING:
     from starkv_core.run import Subject
@@ -66,9 +68,45 @@ def measure(subject: Subject, cache: Any, rows: int) -> CacheBytes:
     return CacheBytes(rows=rows, tokens=tokens, held=cache.nbytes, dense=cache.dense_nbytes)
 
 
+@contextmanager
+def watched(subject: Subject) -> Iterator[Callable[[], bool]]:
+    """Watch the logits of the passes inside; what it gives says whether all were finite."""
+    finite = torch.ones((), dtype=torch.bool, device=subject.device)
+
+    def look(module: Any, inputs: Any, output: Tensor) -> None:
+        # In place, so that a captured step looks too.
+        finite.logical_and_(torch.isfinite(output).all().to(finite.device))
+
+    handle = subject.model.get_output_embeddings().register_forward_hook(look)
+    try:
+        yield lambda: bool(finite)
+    finally:
+        handle.remove()
+
+
+def refuse_not_finite(
+    subject: Subject, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> NoReturn:
+    """End an evaluation whose predictions were not finite; says where that begins.
+
+    Args:
+        subject: what made them.
+        rows: token ids of each suspect: those fed in one pass, then those fed one by one.
+
+    Raises:
+        UserError: always. It is the model or its factors that cannot be used.
+    """
+    places = (place for row in rows if (place := _where_not_finite(subject, *row)) is not None)
+    where = next(places, None)
+    said = "a prediction is not finite, though its row alone gives none such"
+    if where is not None:
+        said = f"numbers are not finite from {where} on"
+    raise UserError(f"{subject.name}: {said}; the model or its factors cannot be used")
+
+
 @torch.no_grad()
-def where_not_finite(subject: Subject, ids: Sequence[int]) -> str:
-    """Where numbers stop being finite in a forward over token ids ``ids``, in words."""
+def _where_not_finite(subject: Subject, prompt: Sequence[int], fed: Sequence[int]) -> str | None:
+    """The first module that gives a number that is not finite; None where there is none."""
     found: list[str] = []
 
     def look(where: str) -> Callable[[Any, Any, Any], None]:
@@ -80,23 +118,21 @@ def where_not_finite(subject: Subject, ids: Sequence[int]) -> str:
         return hook
 
     model = subject.model
-    watched = [("the embedding", model.get_input_embeddings())]
-    watched += [(f"layer {i}", layer) for i, layer in enumerate(model.base_model.layers)]
-    watched.append(("the output head", model.get_output_embeddings()))
-    handles = [module.register_forward_hook(look(where)) for where, module in watched]
+    seen = [("the embedding", model.get_input_embeddings())]
+    seen += [(f"layer {i}", layer) for i, layer in enumerate(model.base_model.layers)]
+    seen.append(("the output head", model.get_output_embeddings()))
+    handles = [module.register_forward_hook(look(where)) for where, module in seen]
+    cache = subject.new_cache()
     try:
         with subject.active():
-            model(
-                input_ids=torch.tensor([list(ids)], device=subject.device),
-                past_key_values=subject.new_cache(),
-                use_cache=True,
-            )
+            for part in [prompt, *([token] for token in fed)]:
+                if len(part) > 0 and not found:
+                    ids = torch.tensor([list(part)], device=subject.device)
+                    model(input_ids=ids, past_key_values=cache, use_cache=True)
     finally:
         for handle in handles:
             handle.remove()
-    if found:
-        return f"numbers are not finite from {found[0]} on"
-    return "a prediction is not finite, though a prefill of the same tokens is"
+    return found[0] if found else None
 
 
 @torch.no_grad()

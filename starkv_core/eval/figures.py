@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 
 from starkv_core.eval.retrieval import TITLES, RetrievalResult
 from starkv_core.figures import save_png
@@ -32,9 +33,7 @@ def retrieval_heatmap(
         for j, (subject, results) in enumerate(columns.items()):
             ax = axes[i][j]
             result = results[task]
-            shares = [
-                [row[k] / result.prompts for row in result.right] for k in range(len(result.depths))
-            ]
+            shares = [[fmean(row[k]) for row in result.scores] for k in range(len(result.depths))]
             image = ax.imshow(shares, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
             for y, row in enumerate(shares):
                 for x, share in enumerate(row):

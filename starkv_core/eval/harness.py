@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,7 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from starkv_core.engine import Sampler, end_tokens, stream
 from starkv_core.errors import UserError
 from starkv_core.eval.batching import Batches
-from starkv_core.eval.deployed import CacheBytes, measure, where_not_finite
+from starkv_core.eval.deployed import CacheBytes, measure, refuse_not_finite, watched
 from starkv_core.eval.likelihood import Path, Request, Score, score
 from starkv_core.eval.records import Kept, Metric, Record, canonical_hash, run_hash
 from starkv_core.eval.taskset import HarnessTask, quiet
@@ -233,15 +234,8 @@ class SubjectLM(TemplateLM):
         tail = 8 + 2 * max((len(stop.encode()) for stop in stops), default=0)
         rows: list[list[int]] = [[] for _ in prompts]
         going = [True] * len(prompts)
-        finite = torch.ones((), dtype=torch.bool, device=self.subject.device)
-
-        def look(module: Any, inputs: Any, output: torch.Tensor) -> None:
-            # In place, so that a captured step looks too.
-            finite.logical_and_(torch.isfinite(output).all().to(finite.device))
-
-        handle = self.subject.model.get_output_embeddings().register_forward_hook(look)
         steps = stream(self.subject, ids, mask, most, sampler=sampler, cache=cache)
-        try:
+        with watched(self.subject) as finite, closing(steps):
             for step in steps:
                 for i, token in enumerate(step.tolist()):
                     if going[i] and token not in ends:
@@ -252,12 +246,8 @@ class SubjectLM(TemplateLM):
                         going[i] = False
                 if not any(going):
                     break
-        finally:
-            steps.close()
-            handle.remove()
-        if not bool(finite):
-            culprit = where_not_finite(self.subject, prompts[0])
-            raise UserError(f"{self.subject.name}: {culprit}; the model cannot be used")
+        if not finite():
+            refuse_not_finite(self.subject, list(zip(prompts, rows, strict=True)))
         self._note("decode", measure(self.subject, cache, len(prompts)))
         return [self._until(row, stops) for row in rows]
 

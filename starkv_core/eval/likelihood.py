@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from starkv_core.errors import UserError
-from starkv_core.eval.deployed import CacheBytes, measure, where_not_finite
+from starkv_core.eval.deployed import CacheBytes, measure, refuse_not_finite
 from starkv_core.eval.steps import forced_steps
 
 if TYPE_CHECKING:
@@ -85,8 +84,9 @@ def score(
     held = measure(subject, cache, len(requests))
     finite = total.isfinite().tolist()
     if not all(finite):
-        culprit = where_not_finite(subject, requests[finite.index(False)].inputs)
-        raise UserError(f"{subject.name}: {culprit}; the model or its factors cannot be used")
+        suspect = requests[finite.index(False)]
+        once = suspect.inputs if path == "prefill" else suspect.context[:-1]
+        refuse_not_finite(subject, [(once, suspect.inputs[len(once) :])])
     return [
         Score(value, missed == 0)
         for value, missed in zip(total.tolist(), misses.tolist(), strict=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starkv_core.engine import check_context
-from starkv_core.errors import RunFailure, UserError
-from starkv_core.eval.deployed import CacheBytes, measure
+from starkv_core.errors import UserError
+from starkv_core.eval.deployed import CacheBytes, measure, refuse_not_finite
 from starkv_core.eval.steps import forced_steps
 from starkv_core.eval.text import EvalText
 from starkv_core.progress import SILENT, Progress
@@ -60,20 +61,30 @@ class PerplexityResult:
 
     Attributes:
         mode: ``prefill`` or ``token``.
-        nll: mean negative log-likelihood, nats per predicted token.
+        nlls: mean negative log-likelihood of each window, nats per predicted token.
         tokens: predicted tokens: all but the first of each window.
         windows, window: how many, and tokens in each.
-        bits_per_byte: nll in bits per UTF-8 byte of the text; comparable between tokenizers.
+        bits_per_nat: bits per UTF-8 byte of the text for a nat per token.
         cache: bytes of the live cache at the end of the first batch of windows.
     """
 
     mode: Mode
-    nll: float
+    nlls: tuple[float, ...]
     tokens: int
     windows: int
     window: int
-    bits_per_byte: float
+    bits_per_nat: float
     cache: CacheBytes
+
+    @property
+    def nll(self) -> float:
+        """Mean over all windows, which are of one length."""
+        return fmean(self.nlls)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """``nll`` in bits per UTF-8 byte of the text; comparable between tokenizers."""
+        return self.nll * self.bits_per_nat
 
     @property
     def ppl(self) -> float:
@@ -86,6 +97,7 @@ class PerplexityResult:
             "mode": self.mode,
             "ppl": self.ppl if math.isfinite(self.ppl) else None,
             "nll": self.nll,
+            "nlls": list(self.nlls),
             "bits_per_byte": self.bits_per_byte,
             "tokens": self.tokens,
             "windows": self.windows,
@@ -132,36 +144,41 @@ def perplexity(
 
     Raises:
         UserError: a window exceeds the model's context.
-        RunFailure: the pass did not go through the compressed cache, or gave NaN.
+            A prediction is not finite; the first layer where that happens is named.
+        RunFailure: the pass did not go through the compressed cache.
     """
     count, window = windows.ids.shape
     check_context(subject, window, f"window {window}")
     negative_logs = _by_prefill if mode == "prefill" else _by_token
     if mode == "prefill" and subject.compressed:
         subject = subject.with_prefill("coded")
-    total = 0.0
-    cache_bytes: CacheBytes | None = None
+    nlls: list[float] = []
+    cache_bytes: list[CacheBytes] = []
     name = f"perplexity, {mode}, {subject.name}"
     with subject.active(), progress.task(name, count * (window - 1), "tok") as task:
         for part in windows.ids.split(batch):
             cache = subject.new_cache()
+            total = torch.zeros(len(part), dtype=torch.float64, device=subject.device)
             for nll in negative_logs(subject, part.to(subject.device), cache):
-                total += float(nll.double().sum())
+                total += nll.double().sum(-1).to(total.device)
                 task.advance(nll.numel())
-            measured = measure(subject, cache, part.shape[0])
-            cache_bytes = cache_bytes or measured
-    tokens = count * (window - 1)
-    nll_mean = total / tokens
-    if cache_bytes is None or not math.isfinite(nll_mean):
-        raise RunFailure(f"{subject.name}: the log-likelihood is not finite ({nll_mean})")
+            cache_bytes.append(measure(subject, cache, part.shape[0]))
+            nlls += (total / (window - 1)).tolist()
+            if not math.isfinite(sum(nlls)):
+                break
+    suspect = next((i for i, nll in enumerate(nlls) if not math.isfinite(nll)), None)
+    if suspect is not None:
+        fed = windows.ids[suspect, :-1].tolist()
+        once = len(fed) if mode == "prefill" else 0
+        refuse_not_finite(subject, [(fed[:once], fed[once:])])
     return PerplexityResult(
         mode=mode,
-        nll=nll_mean,
-        tokens=tokens,
+        nlls=tuple(nlls),
+        tokens=count * (window - 1),
         windows=count,
         window=window,
-        bits_per_byte=nll_mean / math.log(2.0) / windows.bytes_per_token,
-        cache=cache_bytes,
+        bits_per_nat=1.0 / math.log(2.0) / windows.bytes_per_token,
+        cache=cache_bytes[0],
     )
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from starkv_core.engine import Sampler, check_context, stream
 from starkv_core.errors import UserError
-from starkv_core.eval.deployed import CacheBytes, measure
+from starkv_core.eval.deployed import CacheBytes, measure, refuse_not_finite, watched
 from starkv_core.eval.retrieval_tasks import TASKS, RetrievalPrompt, make_prompt
 from starkv_core.progress import SILENT, Progress
 
@@ -49,7 +50,7 @@ class RetrievalResult:
         task: ``passkey`` or ``kv``.
         lengths, depths: the grid.
         prompts: prompts in a cell.
-        right: right answers in a cell, ``[lengths][depths]``.
+        scores: of every prompt, from 0 (wrong) to 1 (right), ``[lengths][depths][prompts]``.
         cache: bytes of the live cache after the first batch at the longest length.
     """
 
@@ -57,19 +58,21 @@ class RetrievalResult:
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
     prompts: int
-    right: tuple[tuple[int, ...], ...]
+    scores: tuple[tuple[tuple[float, ...], ...], ...]
     cache: CacheBytes
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers over the grid."""
-        cells = len(self.lengths) * len(self.depths)
-        return sum(map(sum, self.right)) / (cells * self.prompts)
+        """Mean score over the grid."""
+        return fmean(self.at_length(length) for length in self.lengths)
 
     def at_length(self, length: int) -> float:
-        """Share of right answers at one length."""
-        row = self.right[self.lengths.index(length)]
-        return sum(row) / (len(row) * self.prompts)
+        """Mean score at one length."""
+        return fmean(self.scores_at(length))
+
+    def scores_at(self, length: int) -> list[float]:
+        """Scores at one length, those of the first depth first."""
+        return [score for cell in self.scores[self.lengths.index(length)] for score in cell]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain form for JSON."""
@@ -80,7 +83,7 @@ class RetrievalResult:
             "lengths": list(self.lengths),
             "depths": list(self.depths),
             "prompts": self.prompts,
-            "right": [list(row) for row in self.right],
+            "scores": [[list(cell) for cell in row] for row in self.scores],
             "cache": self.cache.to_dict(),
         }
 
@@ -134,36 +137,37 @@ def retrieval(
     """Answer every prompt of ``grid`` greedily, ``batch`` at a time; see the module for the rule.
 
     Raises:
-        UserError: a prompt and its answer exceed the model's context; nothing is computed then.
+        UserError: a prompt and its answer exceed the model's context; nothing is computed then. Or
+            a prediction that is not finite; the first layer where that happens is named.
         RunFailure: the pass did not go through the compressed cache.
     """
     check_grid(subject, grid)
-    right = [[0] * len(grid.depths) for _ in grid.lengths]
+    scores: list[list[list[float]]] = [[[] for _ in grid.depths] for _ in grid.lengths]
     held: list[CacheBytes] = []
     total = len(grid.lengths) * len(grid.depths) * grid.prompts
-    asked = answered = 0
+    asked, scored = 0, 0.0
     with progress.task(f"{TITLES[grid.task]}, {subject.name}", total, "prompt") as task:
         for i, row in enumerate(grid.cells):
             for j, cell in enumerate(row):
                 for start in range(0, len(cell), batch):
                     prompts = cell[start : start + batch]
-                    count, cache_bytes = _answer(subject, prompts)
+                    found, cache_bytes = _answer(subject, prompts)
                     held.append(cache_bytes)
-                    right[i][j] += count
-                    asked, answered = asked + len(prompts), answered + count
-                    task.advance(len(prompts), accuracy=answered / asked)
+                    scores[i][j] += found
+                    asked, scored = asked + len(prompts), scored + sum(found)
+                    task.advance(len(prompts), accuracy=scored / asked)
     return RetrievalResult(
         grid.task,
         grid.lengths,
         grid.depths,
         grid.prompts,
-        tuple(map(tuple, right)),
+        tuple(tuple(map(tuple, row)) for row in scores),
         max(held, key=lambda cache_bytes: cache_bytes.tokens),
     )
 
 
-def _answer(subject: Subject, prompts: Sequence[RetrievalPrompt]) -> tuple[int, CacheBytes]:
-    """Right answers to prompts of one length, and what the cache held after them."""
+def _answer(subject: Subject, prompts: Sequence[RetrievalPrompt]) -> tuple[list[float], CacheBytes]:
+    """Scores of prompts of one length, and what the cache held after them."""
     cache = subject.new_cache()
     steps = stream(
         subject,
@@ -173,9 +177,13 @@ def _answer(subject: Subject, prompts: Sequence[RetrievalPrompt]) -> tuple[int, 
         sampler=Sampler(),
         cache=cache,
     )
-    rows = torch.stack(list(steps), dim=1).tolist()
-    right = sum(
-        row[: len(prompt.answer_ids)] == prompt.answer_ids
+    with watched(subject) as finite:
+        rows = torch.stack(list(steps), dim=1).tolist()
+    if not finite():
+        suspects = [(p.input_ids, row) for p, row in zip(prompts, rows, strict=True)]
+        refuse_not_finite(subject, suspects)
+    scores = [
+        float(row[: len(prompt.answer_ids)] == prompt.answer_ids)
         for row, prompt in zip(rows, prompts, strict=True)
-    )
-    return right, measure(subject, cache, len(prompts))
+    ]
+    return scores, measure(subject, cache, len(prompts))

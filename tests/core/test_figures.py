@@ -48,7 +48,9 @@ def check_png(path: Path) -> None:
 def result(task: str, right: list[list[int]], prompts: int) -> RetrievalResult:
     lengths = tuple(100 * (i + 1) for i in range(len(right)))
     depths = tuple(i / max(1, len(right[0]) - 1) for i in range(len(right[0])))
-    cells = tuple(map(tuple, right))
+    cells = tuple(
+        tuple((1.0,) * count + (0.0,) * (prompts - count) for count in row) for row in right
+    )
     return RetrievalResult(task, lengths, depths, prompts, cells, CacheBytes(1, 1, 1, 1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import math
@@ -200,12 +201,26 @@ def test_a_cache_left_empty_has_no_figure(subject: StandinSubject) -> None:
         )
 
 
-def test_not_a_number_is_no_figure() -> None:
+@pytest.mark.parametrize("mode", module.MODES)
+def test_not_a_number_is_no_figure(mode: module.Mode) -> None:
     broken = make_subject()
+    windows = Windows(torch.randint(0, 256, (3, 20)), 1.0)
     with torch.no_grad():
-        broken.model.lm_head.weight.fill_(math.nan)
-    with pytest.raises(RunFailure, match="not finite"):
-        perplexity(broken, Windows(torch.randint(0, 256, (1, 20)), 1.0))
+        broken.model.lm_head.weight[7].fill_(math.inf)
+    with pytest.raises(UserError, match="not finite from the output head on"):
+        perplexity(broken, windows, mode=mode)
+
+
+@pytest.mark.parametrize("mode", module.MODES)
+def test_the_first_layer_that_is_not_finite_is_named(mode: module.Mode) -> None:
+    loaded = models.model("llama")
+    subject = models.deployed(loaded)
+    layer = subject.weights[1]
+    broken = dataclasses.replace(layer, value_up=layer.value_up * math.nan)
+    subject = dataclasses.replace(subject, weights={**subject.weights, 1: broken})
+    windows = Windows(models.ids(3, 9), 1.0)
+    with pytest.raises(UserError, match="not finite from layer 1 on; the model or its factors"):
+        perplexity(subject, windows, mode=mode, batch=2)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,10 @@ class Oracle:
         self.answers = answers
         self.config = make_subject().model.config
         self.prefills: list[tuple[int, int]] = []
+        self.head = torch.nn.Identity()
+
+    def get_output_embeddings(self):
+        return self.head
 
     def __call__(self, input_ids, past_key_values, **_):
         cache = past_key_values
@@ -70,7 +75,10 @@ def oracle_subject(grid: RetrievalGrid, wrong: set[tuple[int, int, int]]) -> Sta
 def test_counts_right_answers_by_cell(grid: RetrievalGrid, batch: int) -> None:
     wrong = {(0, 1, 0), (0, 1, 2), (1, 2, 1)}
     result = retrieval(oracle_subject(grid, wrong), grid, batch=batch)
-    assert result.right == ((3, 1, 3), (3, 3, 2))
+    assert result.scores == (
+        ((1, 1, 1), (0, 1, 0), (1, 1, 1)),
+        ((1, 1, 1), (1, 1, 1), (1, 0, 1)),
+    )
     assert result.accuracy == pytest.approx(15 / 18)
     assert result.at_length(150) == pytest.approx(7 / 9)
     assert result.at_length(201) == pytest.approx(8 / 9)
@@ -115,6 +123,19 @@ def test_context_is_checked_for_the_whole_grid_first(grid: RetrievalGrid) -> Non
     with pytest.raises(UserError, match=r"201 \+ 6 .*203"):
         retrieval(subject, grid)
     assert subject.model.prefills == []
+
+
+@pytest.mark.parametrize("where", ["layer 1", "the output head"])
+def test_predictions_that_are_not_finite_are_no_wrong_answers(
+    grid: RetrievalGrid, where: str
+) -> None:
+    broken = make_subject(max_positions=256)
+    model = broken.model
+    module = model.lm_head if where == "the output head" else model.model.layers[1].mlp.up_proj
+    with torch.no_grad():
+        module.weight.fill_(math.nan)
+    with pytest.raises(UserError, match=f"not finite from {where} on"):
+        retrieval(broken, grid)
 
 
 def test_a_run_that_goes_past_its_latents_has_no_figure(grid: RetrievalGrid) -> None:
