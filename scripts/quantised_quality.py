@@ -29,7 +29,8 @@ from starkv_core.budget import mean_bits, paper_rate
 from starkv_core.eval.deployed import CacheBytes, measure
 from starkv_core.eval.perplexity import Mode, Windows, cut_windows, perplexity
 from starkv_core.eval.report import EvalOptions
-from starkv_core.eval.retrieval import TASKS, RetrievalGrid, make_grid, retrieval
+from starkv_core.eval.retrieval import RetrievalGrid, make_grid, retrieval
+from starkv_core.eval.retrieval_tasks import TASKS
 from starkv_core.eval.text import BUILTIN, EvalText, read_eval_text
 from starkv_core.provenance import git_commit, hardware, versions
 from starkv_core.quant.dense import SCHEMES, coded_dense

@@ -38,8 +38,8 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Of perplexity, passkey, kv, zero-shot, longbench, ruler and lm-eval's own, with "
-            "commas."
+            help="Of perplexity, passkey, kv, multi-key, multi-value, variable-tracking, "
+            "zero-shot, longbench, ruler and lm-eval's own, with commas."
         ),
     ] = "perplexity,passkey,kv",
     text: Annotated[

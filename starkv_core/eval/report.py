@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 PERPLEXITY = "perplexity"
 TASKS: tuple[str, ...] = (PERPLEXITY, *RETRIEVAL)
+DEFAULT_TASKS = (PERPLEXITY, "passkey", "kv")
 BUILTIN_WINDOWS = 32  # unless more are asked for: a minute on two cores
 HUB_WINDOWS = 64  # unless more are asked for: a hub data set may be endless
 LENGTHS = (256, 512, 1024)  # of retrieval, unless others are asked for
@@ -74,7 +75,7 @@ class EvalOptions:
         add_bos: whether the tokenizer puts its special tokens around the texts of these tasks.
     """
 
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[str, ...] = DEFAULT_TASKS
     text: str = BUILTIN
     config: str | None = None
     split: str = "test"

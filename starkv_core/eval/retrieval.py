@@ -1,6 +1,7 @@
 """Retrieval accuracy over a grid of lengths and depths, answers decoded through the cache.
 
-The prompts and the rule for a right answer are those of :mod:`.retrieval_tasks`.
+The prompts are those of :mod:`.retrieval_tasks` and :mod:`.retrieval_ruler`, and so is what counts
+as right.
 """
 
 from __future__ import annotations
@@ -8,15 +9,18 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from starkv_core.engine import Sampler, check_context, stream
+from starkv_core.engine import Sampler, check_context, end_tokens, stream
 from starkv_core.errors import UserError
+from starkv_core.eval import retrieval_ruler, retrieval_tasks
 from starkv_core.eval.deployed import CacheBytes, measure, refuse_not_finite, watched
-from starkv_core.eval.retrieval_tasks import TASKS, RetrievalPrompt, make_prompt
+from starkv_core.eval.retrieval_ruler import make_ruler_prompt
+from starkv_core.eval.retrieval_tasks import RetrievalPrompt, make_prompt
 from starkv_core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -24,7 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "TITLES", "RetrievalGrid", "RetrievalResult", "make_grid", "retrieval"]
 
-TITLES = {"passkey": "pass-key", "kv": "key-value"}  # the tasks in tables, figures and progress
+TASKS = (*retrieval_tasks.TASKS, *retrieval_ruler.TASKS)
+TITLES = {"passkey": "pass-key", "kv": "key-value", **{t: t for t in retrieval_ruler.TASKS}}
+"""The tasks in tables, figures and progress."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class RetrievalResult:
     """Right answers of one subject.
 
     Attributes:
-        task: ``passkey`` or ``kv``.
+        task: of :data:`TASKS`.
         lengths, depths: the grid.
         prompts: prompts in a cell.
         scores: of every prompt, from 0 (wrong) to 1 (right), ``[lengths][depths][prompts]``.
@@ -100,20 +106,21 @@ def make_grid(
     """Prompts for a grid. Those of a cell depend on ``seed`` and the cell, not on the other cells.
 
     Raises:
-        UserError: an empty grid, or what :func:`.retrieval_tasks.make_prompt` refuses.
+        UserError: an unknown task, an empty grid, or what :func:`.retrieval_tasks.make_prompt` and
+            :func:`.retrieval_ruler.make_ruler_prompt` refuse.
     """
+    if task not in TASKS:
+        raise UserError(f"retrieval task {task!r} is unknown; choose from {', '.join(TASKS)}")
     if not lengths or not depths or prompts < 1:
         raise UserError("retrieval: at least one length, one depth and one prompt are needed")
+    make = make_prompt if task in retrieval_tasks.TASKS else make_ruler_prompt
     cells = []
     for length in lengths:
         row = []
         for depth in depths:
             rng = random.Random(f"{seed}/{task}/{length}/{depth}")
             row.append(
-                tuple(
-                    make_prompt(task, tokenizer, filler_ids, length, depth, rng)
-                    for _ in range(prompts)
-                )
+                tuple(make(task, tokenizer, filler_ids, length, depth, rng) for _ in range(prompts))
             )
         cells.append(tuple(row))
     return RetrievalGrid(task, tuple(lengths), tuple(depths), tuple(cells))
@@ -125,8 +132,8 @@ def check_grid(subject: Subject, grid: RetrievalGrid) -> None:
         for prompt in (prompt for cell in cells for prompt in cell):
             check_context(
                 subject,
-                prompt.length + len(prompt.answer_ids),
-                f"{TITLES[grid.task]} prompt of {prompt.length} + {len(prompt.answer_ids)} "
+                prompt.length + prompt.new_tokens,
+                f"{TITLES[grid.task]} prompt of {prompt.length} + {prompt.new_tokens} "
                 "answer tokens",
             )
 
@@ -173,7 +180,7 @@ def _answer(subject: Subject, prompts: Sequence[RetrievalPrompt]) -> tuple[list[
         subject,
         torch.tensor([prompt.input_ids for prompt in prompts]),
         None,
-        max(len(prompt.answer_ids) for prompt in prompts),
+        max(prompt.new_tokens for prompt in prompts),
         sampler=Sampler(),
         cache=cache,
     )
@@ -182,8 +189,9 @@ def _answer(subject: Subject, prompts: Sequence[RetrievalPrompt]) -> tuple[list[
     if not finite():
         suspects = [(p.input_ids, row) for p, row in zip(prompts, rows, strict=True)]
         refuse_not_finite(subject, suspects)
-    scores = [
-        float(row[: len(prompt.answer_ids)] == prompt.answer_ids)
-        for row, prompt in zip(rows, prompts, strict=True)
-    ]
+    ends = set(end_tokens(subject))
+    scores = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        answer = takewhile(lambda token: token not in ends, row[: prompt.new_tokens])
+        scores.append(prompt.score(subject.tokenizer, list(answer)))
     return scores, measure(subject, cache, len(prompts))

@@ -14,7 +14,7 @@ the prompt, so an answer can only come from its needle. ``depth`` is the share o
 stands before the needle asked for; the other pairs lie at random places. The prompt has exactly
 ``length`` tokens. It is answered right when greedy decoding continues it with ``answer_ids``,
 token for token. Training of the embedded model and every evaluation use these same functions;
-only the filler differs (training text, held-out text).
+only the filler differs (training text, held-out text). Harder tasks are in :mod:`.retrieval_ruler`.
 """
 
 import random
@@ -56,7 +56,11 @@ TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class RetrievalPrompt:
-    """One prompt. ``input_ids`` has ``length`` token ids, ``answer_ids`` those that must follow."""
+    """One prompt. ``input_ids`` has ``length`` token ids, ``answer_ids`` those that must follow.
+
+    Where several strings are ``asked`` for, ``answer_ids`` are those of a complete answer, and
+    others do as well: see :meth:`score`.
+    """
 
     input_ids: list[int]
     answer_ids: list[int]
@@ -64,6 +68,27 @@ class RetrievalPrompt:
     task: str
     length: int
     depth: float
+    asked: tuple[str, ...] = ()
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of an answer that are read; twice a complete answer's where there are several."""
+        return (2 if self.asked else 1) * len(self.answer_ids)
+
+    def score(self, tokenizer: Any, answer: Sequence[int]) -> float:
+        """How right an answer is, from 0 to 1.
+
+        One string: whether its tokens are ``answer_ids``. Several: the share of them that stands in
+        its text, in any case and order (string match all of RULER, arXiv 2404.06654).
+
+        Args:
+            tokenizer: of the prompt.
+            answer: the :attr:`new_tokens` tokens that follow, or fewer up to an end.
+        """
+        if not self.asked:
+            return float(list(answer) == self.answer_ids)
+        text = tokenizer.decode(list(answer)).lower()
+        return sum(string.lower() in text for string in self.asked) / len(self.asked)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -162,7 +187,7 @@ def scatter(
             f"retrieval prompt of {length} tokens: {room} filler tokens are needed, the filler "
             f"text has {len(filler_ids)}; give a longer text"
         )
-    filler = _clean_stretch(tokenizer, filler_ids, room, rng, forbidden)
+    filler = clean_stretch(tokenizer, filler_ids, room, rng, forbidden)
     ids = bos_ids
     done = 0
     for depth, needle_ids in placed:
@@ -175,14 +200,14 @@ def scatter(
     return ids
 
 
-def _clean_stretch(
+def clean_stretch(
     tokenizer: Any,
     filler_ids: TokenIds,
     count: int,
     rng: random.Random,
     forbidden: Sequence[str],
 ) -> list[int]:
-    """A random stretch of ``count`` filler tokens whose text has no forbidden string."""
+    """A random stretch of ``count`` filler tokens without a forbidden string (UserError)."""
     for _ in range(_FILLER_ATTEMPTS):
         start = rng.randrange(len(filler_ids) - count + 1)
         stretch = [int(token) for token in filler_ids[start : start + count]]
@@ -193,6 +218,12 @@ def _clean_stretch(
         f"retrieval prompts: {_FILLER_ATTEMPTS} stretches of the filler text all contain an "
         "answer or a name of the prompt; give another text"
     )
+
+
+def check_depth(depth: float) -> None:
+    """Refuse a depth outside 0..1 (UserError)."""
+    if not 0.0 <= depth <= 1.0:
+        raise UserError(f"retrieval depth {depth} is outside 0..1")
 
 
 def make_prompt(
@@ -222,8 +253,7 @@ def make_prompt(
     """
     if task not in TASKS:
         raise UserError(f"retrieval task {task!r} is unknown; choose from {', '.join(TASKS)}")
-    if not 0.0 <= depth <= 1.0:
-        raise UserError(f"retrieval depth {depth} is outside 0..1")
+    check_depth(depth)
     if not 1 <= pairs <= len(ADJECTIVES) * len(NOUNS):
         raise UserError(f"retrieval prompts cannot hold {pairs} key-value pairs")
     if task == "passkey":

@@ -86,6 +86,33 @@ def test_counts_right_answers_by_cell(grid: RetrievalGrid, batch: int) -> None:
     assert json.loads(json.dumps(result.to_dict()))["by_length"]["201"] == pytest.approx(8 / 9)
 
 
+@pytest.mark.parametrize("task", ["multi-value", "variable-tracking"])
+def test_of_several_answers_the_share_counts(task: str) -> None:
+    tokenizer = byte_tokenizer()
+    grid = make_grid(task, tokenizer, tokenizer(FILLER).input_ids, [600], [0.5], 3, seed=7)
+    subject = oracle_subject(grid, set())
+    subject.max_positions = 1024
+    answers, end = subject.model.answers, [tokenizer.eos_token_id] * 200
+    prompts = grid.cells[0][0]
+    said = [
+        ", ".join(reversed(prompts[0].asked)) + " and so on",
+        prompts[1].asked[1] + " " + prompts[1].asked[0],
+        prompts[2].asked[2],
+    ]
+    for prompt, words in zip(prompts, said, strict=True):
+        answers[tuple(prompt.input_ids)] = tokenizer(words).input_ids + end
+    # what comes after an end, or too late, does not count
+    late = tokenizer("x" * prompts[2].new_tokens + prompts[2].asked[2]).input_ids
+    answers[tuple(prompts[2].input_ids)] = late
+    answers[tuple(prompts[1].input_ids)] += tokenizer(prompts[1].asked[2]).input_ids
+    count = len(prompts[0].asked)
+    result = retrieval(subject, grid)
+    assert result.scores == (((1.0, 2 / count, 0.0),),)
+    subject.max_positions = 600 + prompts[0].new_tokens - 1
+    with pytest.raises(UserError, match=f"{task} prompt of 600"):
+        retrieval(subject, grid)
+
+
 def test_prompts_are_batched(grid: RetrievalGrid) -> None:
     subject = oracle_subject(grid, set())
     retrieval(subject, grid, batch=2)
