@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -130,7 +128,7 @@ def test_ctrl_c_stops_one_answer(
         calls += 1
         for count, step in enumerate(plain(*args, **options)):
             if calls == 1 and count == 4:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             yield step
 
     monkeypatch.setattr(core, "stream", interrupted)
@@ -158,8 +156,8 @@ def test_second_ctrl_c_does_not_wait(
         calls += 1
         for count, step in enumerate(plain(*args, **options)):
             if calls == 1 and count == 4:
-                os.kill(os.getpid(), signal.SIGINT)
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             yield step
 
     monkeypatch.setattr(core, "stream", hanging)
@@ -172,25 +170,41 @@ def test_second_ctrl_c_does_not_wait(
     assert "reused" not in figures, "a pass was torn: its cache must not be used again"
 
 
+SLOW_CHAT = """\
+import sys, time
+import starkv_core.chat as core
+from starkv_cli.main import main
+
+stream = core.stream
+
+def slow(*args, **options):
+    for step in stream(*args, **options):
+        yield step
+        time.sleep(0.1)
+
+core.stream = slow
+main(sys.argv[1:])
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_ctrl_c_in_a_real_terminal_session(on_disk: OnDisk) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "starkv_cli", "chat", str(on_disk.run), "--temperature", "0"]
-        + ["--max-new-tokens", "900"],
+    """The answer takes a minute and a half: it has not ended when Ctrl-C comes, however late."""
+    chat = ["chat", str(on_disk.run), "--temperature", "0", "--max-new-tokens", "900"]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_CHAT, *chat],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(b"tell me everything\n")
-    process.stdin.flush()
-    process.stdout.read(1)  # the answer has begun
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    process.stdin.write(b"/quit\n")
-    out, err = process.communicate(timeout=60)
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"tell me everything\n")
+        process.stdin.flush()
+        process.stdout.read(1)  # the answer has begun
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(b"/quit\n")
     assert process.returncode == 0, err
     assert b"stopped" in err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,7 +39,8 @@ def test_plain_progress_says_rate_and_time_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 4.0, 10.0, 14.0, 16.0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    # In the module alone: other threads of the process read the clock, too.
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with console.progress().task("train", 80, "steps") as task:
         task.advance(8, loss=3.0)
         task.advance(12, loss=2.5)  # ten seconds in: the first line
@@ -77,6 +79,7 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_failing_task_ends_the_display(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "160")
     progress = console.progress()
     with pytest.raises(KeyboardInterrupt), progress.task("a", 2), progress.task("b", 2):
         raise KeyboardInterrupt
