@@ -5,7 +5,6 @@ import torch
 
 from starkv_core.decompose import decompose, head_groups, output_metric, query_metric
 
-torch.manual_seed(0)
 N, D = 12, 20
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import replace
 
 import pytest
@@ -24,12 +23,10 @@ LLAMA_3_1_8B = Case(32, 128, ((4, (33, 41, 37, 40, 64, 66, 68, 70)),), ((4, 500)
 
 
 def check(case: Case, dtype: torch.dtype) -> None:
-    seed = secrets.randbelow(2**31)
-    call = draw(case, dtype, DEVICE, seed)
+    call = draw(case, dtype, DEVICE, seed=1)
     got = call.run("triton")
-    assert torch.equal(got, call.run("triton")), f"two runs differ, seed {seed}"
-    error = relative_error(got, call.exact())
-    assert error < BOUND[dtype], f"seed {seed}"
+    assert torch.equal(got, call.run("triton")), "two runs differ"
+    assert relative_error(got, call.exact()) < BOUND[dtype]
     torch.cuda.empty_cache()
 
 
