@@ -134,6 +134,7 @@ def evaluate(
     from starkv_core.eval.records import Kept, holds_only_records
     from starkv_core.eval.report import LENGTHS, TASKS, EvalOptions
     from starkv_core.eval.report import evaluate as run
+    from starkv_core.eval.table import CAPTION
     from starkv_core.eval.taskset import load_tasks, tokenizer_of
     from starkv_core.eval.text import check_eval_text
     from starkv_core.run import open_subject
@@ -181,13 +182,13 @@ def evaluate(
     try:
         report = run(opened, options, progress(), loaded, kept)
     except KeyboardInterrupt:
-        if not loaded.tasks or kept.folder is None:
+        if kept.folder is None:
             raise
         raise Interrupted(
             f"interrupted; finished tasks are kept in {kept.folder}, the same command goes on"
         ) from None
-    if report.reused:
-        note(f"kept from before in {kept.folder}: {', '.join(report.reused)}")
+    if kept.reused:
+        note(f"kept from before in {kept.folder}: {', '.join(kept.reused)}")
     files = _files(opened, out)
     if files is not None:
         for path in report.write(*files):
@@ -195,19 +196,24 @@ def evaluate(
     if as_json:
         emit_json(report.document)
     else:
-        print_table(f"Evaluation of {opened.name}", ["", *report.columns], report.rows())
+        caption = CAPTION.format(next(iter(report.columns)))
+        print_table(
+            f"Evaluation of {opened.name}", ["", *report.columns], report.rows(), caption=caption
+        )
 
 
 def _compare(sources: list[str], out: Path | None, as_json: bool) -> None:
     """Print one table of runs; write it and its figure to a new folder."""
     from starkv_core.artifacts import write_json_atomic
     from starkv_core.eval.compare import compare
+    from starkv_core.eval.figures import comparison_figure
+    from starkv_core.eval.table import CAPTION
 
     if out is not None and out.exists():
         raise UserError(f"{out} already exists; give another --out")
     found = compare(sources)
     if out is not None:
-        found.figure(out / "compare.png")
+        comparison_figure(found.columns, out / "compare.png")
         write_json_atomic(out / "compare.json", found.to_dict())
         note(f"wrote {out / 'compare.png'}\nwrote {out / 'compare.json'}")
     if as_json:
@@ -217,8 +223,7 @@ def _compare(sources: list[str], out: Path | None, as_json: bool) -> None:
         "Comparison",
         ["", *(column.label for column in found.columns)],
         found.rows(),
-        caption=f"± standard error; in brackets the difference from {found.columns[0].label}, "
-        "± half of its 95% interval",
+        caption=CAPTION.format(found.columns[0].label),
     )
 
 

@@ -2,56 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from starkv_core.artifacts import check_schema, read_json
 from starkv_core.errors import UserError
-from starkv_core.eval.records import Metric, Record, canonical_hash, mean_of, shown
-from starkv_core.eval.taskset import PROTOCOL, ZERO_SHOT
+from starkv_core.eval.deployed import CacheBytes
+from starkv_core.eval.records import Record
+from starkv_core.eval.table import Column, figures_json, table
 
 _DENSE = "dense"
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a figure is of; only figures of the same row can be compared.
-
-    Attributes:
-        task, metric, path, n: as :class:`.records.Record` has them.
-        asked: hash of rows and options.
-    """
-
-    task: str
-    metric: str
-    path: str
-    n: int
-    asked: str
-
-    @property
-    def label(self) -> str:
-        """For tables and figures."""
-        return f"{self.task}, {self.metric} ({self.path}, n {self.n})"
-
-
-@dataclass
-class Column:
-    """A run, or a dense model.
-
-    Attributes:
-        label: its name.
-        run: :func:`.records.run_hash`.
-        bytes_per_token, ratio: of its cache.
-        figures: by row.
-    """
-
-    label: str
-    run: str
-    bytes_per_token: float
-    ratio: float
-    figures: dict[Row, Metric] = field(default_factory=dict)
+_COMPRESSED = "compressed"
 
 
 @dataclass(frozen=True)
@@ -62,22 +25,7 @@ class Comparison:
 
     def rows(self) -> list[list[str]]:
         """The one table: a label, then a figure for each column; missing ones are empty."""
-        first = self.columns[0]
-        table = []
-        for row in self._rows():
-            cells = []
-            for column in self.columns:
-                metric, reference = column.figures.get(row), first.figures.get(row)
-                cell = "" if metric is None else shown(metric)
-                if metric is not None and reference is not None and column is not first:
-                    cell += f" ({shown(metric, reference)})"
-                cells.append(cell)
-            table.append([row.label, *cells])
-        table.append(
-            ["cache bytes per token", *(f"{c.bytes_per_token:,.0f}" for c in self.columns)]
-        )
-        table.append(["cache ratio", *(f"{c.ratio:.2f}" for c in self.columns)])
-        return table
+        return table(self.columns)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain form for JSON."""
@@ -87,60 +35,12 @@ class Comparison:
                 {
                     "label": column.label,
                     "run": column.run,
-                    "bytes_per_token": column.bytes_per_token,
-                    "ratio": column.ratio,
-                    "figures": [
-                        {**vars(row), **vars(metric)} for row, metric in column.figures.items()
-                    ],
+                    "cache": column.cache.to_dict(),
+                    "figures": figures_json(column, self.columns[0]),
                 }
                 for column in self.columns
             ],
         }
-
-    def figure(self, path: Path) -> None:
-        """Write a PNG: the main figure of each task that two columns share, against cache bytes."""
-        from matplotlib.figure import Figure
-
-        from starkv_core.figures import save_png
-
-        first: dict[str, str] = {}
-        for row in self._rows():
-            first.setdefault(row.task, PROTOCOL.get(row.task, row.metric))
-        shared = [
-            row
-            for row in self._rows()
-            if row.metric == first[row.task] and sum(row in c.figures for c in self.columns) > 1
-        ]
-        if not shared:
-            raise UserError("--compare: no task is in two of the reports with the same rows")
-        across = min(3, len(shared))
-        down = -(-len(shared) // across)
-        figure = Figure(figsize=(4.2 * across, 3.2 * down), layout="constrained")
-        axes = list(figure.subplots(down, across, squeeze=False).flat)
-        for ax in axes[len(shared) :]:
-            ax.set_axis_off()
-        for ax, row in zip(axes, shared, strict=False):
-            for column in self.columns:
-                metric = column.figures.get(row)
-                if metric is None or metric.value is None:
-                    continue
-                ax.errorbar(
-                    column.bytes_per_token, metric.value, yerr=metric.stderr, fmt="o", capsize=3
-                )
-                ax.annotate(
-                    Path(column.label).name,
-                    (column.bytes_per_token, metric.value),
-                    xytext=(4, 4),
-                    textcoords="offset points",
-                    fontsize=7,
-                )
-            ax.set_title(row.label, fontsize=9)
-            ax.set_xlabel("cache bytes per token", fontsize=8)
-            ax.margins(x=0.25, y=0.25)
-        save_png(figure, path)
-
-    def _rows(self) -> list[Row]:
-        return list(dict.fromkeys(row for column in self.columns for row in column.figures))
 
 
 def compare(sources: Sequence[str]) -> Comparison:
@@ -153,9 +53,9 @@ def compare(sources: Sequence[str]) -> Comparison:
         raise UserError("--compare: name the runs to compare, or folders that eval --out made")
     dense: dict[str, Column] = {}
     runs: list[Column] = []
+    groups: dict[str, list[str]] = {}
     for source in sources:
-        columns = _columns(Path(source))
-        for name, column in columns.items():
+        for name, column in _columns(Path(source), groups).items():
             if name != _DENSE:
                 runs.append(column)
             elif column.run in dense:
@@ -164,25 +64,30 @@ def compare(sources: Sequence[str]) -> Comparison:
                 dense[column.run] = column
     if len(dense) == 1:
         next(iter(dense.values())).label = _DENSE
-    return Comparison([*dense.values(), *runs])
+    columns = [*dense.values(), *runs]
+    for column in columns:
+        column.add_means(groups)
+    return Comparison(columns)
 
 
-def _columns(source: Path) -> dict[str, Column]:
-    """Columns of the reports of one source, those of its weights as they are now."""
+def _columns(source: Path, groups: dict[str, list[str]]) -> dict[str, Column]:
+    """Columns of the reports of one source, those of its weights as they are now.
+
+    Groups of tasks that a report names are put into ``groups``.
+    """
     found: dict[str, Column] = {}
     for path, document in _reports(source):
-        for content in document["results"]:
-            try:
-                record = Record.from_dict(content)
+        try:
+            groups |= document["groups"]
+            for record in map(Record.from_dict, document["results"]):
                 name, held = record.subject, document[record.subject]["cache"]
-            except (KeyError, TypeError):
-                raise UserError(f"{path}: damaged, or not a report of starkv eval") from None
-            label = str(source) if name != _DENSE else f"{_DENSE}, {source}"
-            if name not in found or found[name].run != record.run:
-                found[name] = Column(label, record.run, held["per_token"], held["ratio"])
-            found[name].figures |= dict(_figures(record))
-    for column in found.values():
-        column.figures |= dict(_zero_shot(column))
+                if name not in found or found[name].run != record.run:
+                    label = str(source) if name == _COMPRESSED else f"{source}, {name}"
+                    cache = CacheBytes(*(held[k] for k in ("rows", "tokens", "held", "dense")))
+                    found[name] = Column(label, record.run, cache)
+                found[name].add(record)
+        except (KeyError, TypeError):
+            raise UserError(f"{path}: damaged, or not a report of starkv eval") from None
     return found
 
 
@@ -199,20 +104,3 @@ def _reports(source: Path) -> list[tuple[Path, dict[str, Any]]]:
     if not documents:
         raise UserError(f"{source}: no report to compare; make one with: starkv eval {source}")
     return sorted(documents, key=lambda report: str(report[1].get("created")))
-
-
-def _figures(record: Record) -> Iterator[tuple[Row, Metric]]:
-    backend_free = {k: v for k, v in record.options.items() if k != "backend"}
-    asked = canonical_hash([record.data["sha256"], backend_free])
-    for metric in record.metrics:
-        yield Row(record.task, metric.name, record.path, record.n, asked), metric
-
-
-def _zero_shot(column: Column) -> Iterator[tuple[Row, Metric]]:
-    """The paper's mean for each path on which all of its tasks were run once."""
-    for path in ("prefill", "decode"):
-        rows = [r for r in column.figures if r.path == path and PROTOCOL.get(r.task) == r.metric]
-        if sorted(row.task for row in rows) == sorted(PROTOCOL):
-            asked = canonical_hash(sorted(row.asked for row in rows))
-            mean = mean_of([column.figures[row] for row in rows])
-            yield Row(ZERO_SHOT, mean.name, path, sum(row.n for row in rows), asked), mean

@@ -1,13 +1,24 @@
-"""The heat map of a retrieval grid: lengths across, depths down, one panel a task and subject."""
+"""The heat map of a retrieval grid, and quality against cache bytes of several runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
+from starkv_core.errors import UserError
 from starkv_core.eval.retrieval import TITLES, RetrievalResult
+from starkv_core.eval.table import Column, Row, all_rows, change
+from starkv_core.eval.taskset import PROTOCOL
 from starkv_core.figures import save_png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_ACROSS = 3  # panels
+_COLOURS = 10  # of the cycle; then markers change
+_MARKERS = "osD^vP"
 
 
 def retrieval_heatmap(
@@ -53,3 +64,100 @@ def retrieval_heatmap(
     bar.ax.set_yticklabels(["0%", "25%", "50%", "75%", "100%"], fontsize=8)
     bar.set_label(f"right answers, prompts a cell: {shown.prompts}", fontsize=9)
     save_png(figure, path)
+
+
+def comparison_figure(columns: Sequence[Column], path: Path) -> None:
+    """Write a PNG: the main figure of each task that two columns share, against cache bytes.
+
+    The first column is a dashed line through its point. Bars are 95% intervals of the difference
+    from it where that is known, and of the figure itself where it has none of that row.
+
+    Raises:
+        UserError: no task is in two columns.
+    """
+    from matplotlib.figure import Figure
+
+    rows = _main_rows(columns)
+    if not rows:
+        raise UserError("--compare: no task is in two of the reports with the same rows")
+    across = min(_ACROSS, len(rows))
+    down = -(-len(rows) // across)
+    figure = Figure(figsize=(1.0 + 4.0 * across, 0.7 + 3.1 * down), layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    for ax in axes[len(rows) :]:
+        ax.set_axis_off()
+    for ax, row in zip(axes, rows, strict=False):
+        _panel(ax, row, columns)
+    drawn = {
+        label: handle
+        for ax in axes[: len(rows)]
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    named = [c.label for c in columns if c.label in drawn]
+    figure.legend(
+        [drawn[name] for name in named],
+        named,
+        loc="outside lower center",
+        ncols=min(3, len(named)),
+        fontsize=8,
+        frameon=False,
+    )
+    save_png(figure, path)
+
+
+def _main_rows(columns: Sequence[Column]) -> list[Row]:
+    """The first metric of each task, or the one that the paper averages, if two columns have it."""
+    first: dict[str, str] = {}
+    for row in all_rows(columns):
+        first.setdefault(row.task, PROTOCOL.get(row.task, row.metric))
+    return [
+        row
+        for row in all_rows(columns)
+        if row.metric == first[row.task] and sum(row in c.figures for c in columns) > 1
+    ]
+
+
+def _panel(ax: Axes, row: Row, columns: Sequence[Column]) -> None:
+    reference = columns[0]
+    for i, column in enumerate(columns):
+        figure = column.figures.get(row)
+        if figure is None or figure.metric.value is None:
+            continue
+        delta = change(row, column, reference)
+        half = 0.0 if delta is None or delta.half is None else delta.half
+        if column is reference:
+            ax.axhline(figure.metric.value, color="0.4", linestyle="--", linewidth=1, zorder=1)
+        ax.errorbar(
+            column.cache.per_token,
+            figure.metric.value,
+            yerr=half or None,
+            color="0.25" if column is reference else f"C{i % _COLOURS}",
+            marker="*" if column is reference else _MARKERS[i // _COLOURS % len(_MARKERS)],
+            markersize=9 if column is reference else 6,
+            linestyle="none",
+            capsize=3,
+            label=column.label,
+            zorder=3,
+        )
+    _bytes_axis(ax, [c.cache.per_token for c in columns if row in c.figures])
+    better = next(c.figures[row].metric.better for c in columns if row in c.figures)
+    ax.set_title(row.label, fontsize=9)
+    ax.set_ylabel(f"{row.metric} ({better} is better)", fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.grid(alpha=0.25)
+    ax.margins(x=0.12, y=0.15)
+
+
+def _bytes_axis(ax: Axes, held: Sequence[float]) -> None:
+    """Powers of two where the caches are of different orders."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    if max(held) > 2 * min(held):
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_minor_locator(NullLocator())
+
+    def whole(value: float, position: Any) -> str:
+        return f"{value:,.0f}"
+
+    ax.xaxis.set_major_formatter(FuncFormatter(whole))
+    ax.set_xlabel("cache bytes per token, whole cache", fontsize=8)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from importlib.metadata import version
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,10 +27,9 @@ from starkv_core.errors import UserError
 from starkv_core.eval.batching import Batches
 from starkv_core.eval.deployed import CacheBytes, measure, refuse_not_finite, watched
 from starkv_core.eval.likelihood import Path, Request, Score, score
-from starkv_core.eval.records import Kept, Metric, Record, canonical_hash, run_hash
+from starkv_core.eval.records import About, Kept, Metric, Record, packed
 from starkv_core.eval.taskset import HarnessTask, quiet
 from starkv_core.progress import SILENT, Progress
-from starkv_core.provenance import versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -279,7 +279,7 @@ def run_task(
     add_bos: bool = False,
     limit: int | None = None,
     progress: Progress = SILENT,
-) -> tuple[Record, bool]:
+) -> Record:
     """Run a task on a subject, or take what is kept of an earlier run of the very same.
 
     Args:
@@ -289,60 +289,64 @@ def run_task(
         kept: where finished tasks are looked for and put.
         limit: rows, the first ones; None takes all.
 
-    Returns:
-        The record, and whether it was kept from before.
-
     Raises:
         UserError: rows that the model or its tokenizer cannot take, or predictions not finite.
         RunFailure: a pass that went past the compressed cache.
     """
-    about: dict[str, Any] = {
-        "task": task.name,
-        "subject": column,
-        "data": {"source": task.source, "sha256": task.data_sha256},
-        "run": run_hash(subject),
-        "versions": {**versions(), "lm_eval": version("lm_eval"), "task": task.version},
-        "options": {
+    about = About(
+        task.name,
+        data={"source": task.source, "sha256": task.data_sha256},
+        options={
             "log_likelihoods": path,
             "limit": limit,
             "add_bos": add_bos,
             "few_shot": task.task.get_config("num_fewshot"),
             "definition_sha256": task.config_sha256,
-            "backend": subject.backend if subject.compressed else None,
         },
-    }
-    key = canonical_hash({**about, "data": task.data_sha256})  # the same rows may lie elsewhere
-    found = kept.find(task.name, column, key)
-    if found is not None:
-        return found, True
-    started = time.perf_counter()
-    lm = SubjectLM(
-        subject, path=path, batch=batch, add_bos=add_bos, what=task.name, progress=progress
+        versions={"lm_eval": version("lm_eval"), "task": task.version},
     )
-    try:
-        with quiet():
-            outcome = evaluate(
-                lm,
-                {"tasks": {task.name: task.task}},
-                limit=limit,
-                bootstrap_iters=_BOOTSTRAP,
-                log_samples=False,
-            )
-    except UserError as error:
-        raise UserError(f"task {task.name}: {error}") from None
-    record = Record(
-        **about,
-        path="+".join(sorted(lm.paths)),
-        n=int(outcome["n-samples"][task.name]["effective"]),
-        metrics=tuple(
-            _metrics(outcome["results"][task.name], outcome["higher_is_better"][task.name])
-        ),
-        seconds=round(time.perf_counter() - started, 1),
-        cut=lm.cut,
-        cache=lm.cache,
-    )
-    kept.keep(record, key)
-    return record, False
+
+    def run() -> dict[str, Any]:
+        lm = SubjectLM(
+            subject, path=path, batch=batch, add_bos=add_bos, what=task.name, progress=progress
+        )
+        try:
+            with quiet():
+                outcome = evaluate(
+                    lm,
+                    {"tasks": {task.name: task.task}},
+                    limit=limit,
+                    bootstrap_iters=_BOOTSTRAP,
+                    log_samples=True,
+                )
+        except UserError as error:
+            raise UserError(f"task {task.name}: {error}") from None
+        metrics = _metrics(outcome["results"][task.name], outcome["higher_is_better"][task.name])
+        found = [(m, _rows(m, outcome["samples"][task.name])) for m in metrics]
+        return {
+            "path": "+".join(sorted(lm.paths)),
+            "n": int(outcome["n-samples"][task.name]["effective"]),
+            "metrics": tuple(replace(m, rows=(m.name,)) if rows else m for m, rows in found),
+            "rows": {m.name: packed(rows) for m, rows in found if rows},
+            "cut": lm.cut,
+            "cache": lm.cache,
+        }
+
+    return kept.take(subject, column, about, run)
+
+
+def _rows(metric: Metric, samples: Sequence[Mapping[str, Any]]) -> list[float]:
+    """What each row scored; empty where the figure is no mean over rows."""
+    name, _, chosen = metric.name.partition(",")
+    values = [
+        sample.get(name)
+        for sample in sorted(samples, key=lambda sample: sample["doc_id"])
+        if sample["filter"] == (chosen or "none")
+    ]
+    numbers = [float(value) for value in values if isinstance(value, (bool, int, float))]
+    if metric.value is None or not numbers or len(numbers) < len(values):
+        return []
+    return numbers if math.isclose(fmean(numbers), metric.value, abs_tol=1e-9) else []
 
 
 def _metrics(figures: Mapping[str, Any], higher: Mapping[str, Any]) -> Iterator[Metric]:

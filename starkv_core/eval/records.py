@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starkv_core.artifacts import MANIFEST, SCHEMA, read_manifest, write_json_atomic
 from starkv_core.eval.deployed import CacheBytes
+from starkv_core.provenance import source_hash, versions
 
 if TYPE_CHECKING:
     from starkv_core.run import Subject
 
 _PREFIX = "task-"
-_NORMAL_95 = 1.96  # standard errors on either side of a mean that hold 95%
+_HOW = ("backend", "device")  # options that say how a figure was computed, not what was asked
+
+Rows = str | Sequence[float]
+"""A number for each row asked, in order; a string of 0 and 1 where there are no others."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,16 @@ class Metric:
         value: the figure; None where it is infinite.
         stderr: its standard error, None where none is known.
         better: ``higher`` or ``lower``.
+        rows: names in :attr:`Record.rows`; the figure is the mean of these, or a function of it.
+        slope: derivative of that function there (the delta method).
     """
 
     name: str
     value: float | None
     stderr: float | None = None
     better: str = "higher"
+    rows: tuple[str, ...] = ()
+    slope: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,10 +56,12 @@ class Record:
         path: how answers were made: ``prefill``, ``decode`` or both with a plus.
         n: documents, windows or prompts.
         metrics: its figures.
-        data: ``source`` and ``sha256`` of what was asked.
+        data: ``source`` and ``sha256`` of what was asked; of built-in tasks also ``rows_sha256``,
+            of the token ids made of it.
         run: :func:`run_hash` of the subject.
-        versions: of the packages that the figures depend on, and of the task.
+        versions: of the packages that the figures depend on, of the code, and of the task.
         options: all else that they depend on.
+        rows: what each row scored, for differences on the same rows.
         seconds: it took.
         cut: requests whose context lost tokens to fit the model's.
         cache: bytes of the longest live cache.
@@ -66,9 +76,16 @@ class Record:
     run: str
     versions: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
+    rows: Mapping[str, Rows] = field(default_factory=dict)
     seconds: float = 0.0
     cut: int = 0
     cache: CacheBytes | None = None
+
+    @property
+    def asked(self) -> str:
+        """Hash of rows and options: figures of one hash can be compared."""
+        options = {k: v for k, v in self.options.items() if k not in _HOW}
+        return canonical_hash([_rows_hash(self.data), options])
 
     def metric(self, name: str) -> Metric:
         """The figure of that name (KeyError)."""
@@ -76,6 +93,10 @@ class Record:
             if one.name == name:
                 return one
         raise KeyError(name)
+
+    def values(self, metric: Metric) -> tuple[float, ...]:
+        """What each row scored; the mean of it is the figure, or a function of it."""
+        return tuple(float(value) for name in metric.rows for value in self.rows[name])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain form for JSON."""
@@ -86,13 +107,23 @@ class Record:
     def from_dict(cls, content: Mapping[str, Any]) -> Record:
         """The inverse of :meth:`to_dict` (KeyError, TypeError)."""
         known = dict(content)
-        known["metrics"] = tuple(Metric(**metric) for metric in content["metrics"])
+        known["metrics"] = tuple(
+            Metric(**{**metric, "rows": tuple(metric.get("rows", ()))})
+            for metric in content["metrics"]
+        )
         held = content["cache"]
         if held is not None:
             known["cache"] = CacheBytes(
                 **{name: held[name] for name in ("rows", "tokens", "held", "dense")}
             )
         return cls(**known)
+
+
+def packed(values: Sequence[float]) -> Rows:
+    """Values of rows as records hold them."""
+    if all(value in (0.0, 1.0) for value in values):
+        return "".join("1" if value else "0" for value in values)
+    return list(values)
 
 
 def run_hash(subject: Subject) -> str:
@@ -114,77 +145,98 @@ def canonical_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _rows_hash(data: Mapping[str, str]) -> str:
+    """Of what was asked, wherever it lies: token ids where the task is made of these."""
+    return data.get("rows_sha256", data["sha256"])
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of a record before it is made, and all that its figures depend on.
+
+    Attributes: as :class:`Record` has them, those of subject and machine left out.
+    """
+
+    task: str
+    data: Mapping[str, str]
+    options: Mapping[str, Any]
+    versions: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, subject: Subject, column: str) -> dict[str, Any]:
+        """Fields of the record of ``subject``, called ``column`` in tables."""
+        how = {
+            "backend": subject.backend if subject.compressed else None,
+            "device": subject.device.type,
+        }
+        return {
+            "task": self.task,
+            "subject": column,
+            "data": dict(self.data),
+            "run": run_hash(subject),
+            "versions": {**versions(), "source": source_hash(), **self.versions},
+            "options": {**self.options, **how},
+        }
+
+
 class Kept:
-    """Records of finished tasks in a folder; None keeps nothing."""
+    """Records of finished tasks in a folder; None keeps nothing.
+
+    Attributes:
+        reused: tasks that were taken from the folder, for people.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
+        self.reused: list[str] = []
 
-    def path(self, task: str, subject: str, key: str) -> Path | None:
-        """File of a record."""
-        if self.folder is None:
-            return None
-        name = re.sub(r"[^\w.-]+", "_", task)
-        return self.folder / f"{_PREFIX}{name}-{subject}-{key[:12]}.json"
+    def take(
+        self, subject: Subject, column: str, about: About, make: Callable[[], Mapping[str, Any]]
+    ) -> Record:
+        """The record of the very same task, if one is kept; else it is made, and kept.
 
-    def find(self, task: str, subject: str, key: str) -> Record | None:
-        """The record kept under ``key``, if there is one; a damaged file is none."""
-        path = self.path(task, subject, key)
-        if path is None or not path.is_file():
-            return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["schema"] != SCHEMA or content["key"] != key:
-                return None
-            return Record.from_dict(content["record"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
-
-    def keep(self, record: Record, key: str) -> None:
-        """Write a record under ``key``, whole or not at all."""
-        path = self.path(record.task, record.subject, key)
+        Args:
+            subject: what is evaluated.
+            column: its name in tables.
+            about: the task.
+            make: runs it; gives the fields of :class:`Record` that ``about`` does not have.
+        """
+        known = about.of(subject, column)
+        # The same rows may lie elsewhere.
+        key = canonical_hash({**known, "data": _rows_hash(about.data)})
+        path = self._path(about.task, column, key)
+        found = _read(path, key)
+        if found is not None:
+            self.reused.append(f"{about.task} ({column}, {found.path})")
+            return found
+        started = time.perf_counter()
+        made = make()
+        record = Record(**known, **made, seconds=round(time.perf_counter() - started, 1))
         if path is not None:
             content = {"schema": SCHEMA, "kind": "task", "key": key, "record": record.to_dict()}
             write_json_atomic(path, content)
+        return record
+
+    def _path(self, task: str, column: str, key: str) -> Path | None:
+        if self.folder is None:
+            return None
+        name = "-".join(re.sub(r"[^\w.]+", "_", part) for part in (task, column))
+        return self.folder / f"{_PREFIX}{name}-{key[:12]}.json"
+
+
+def _read(path: Path | None, key: str) -> Record | None:
+    """A record that was kept under ``key``; a damaged file is none."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA or content["key"] != key:
+            return None
+        return Record.from_dict(content["record"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def holds_only_records(folder: Path) -> bool:
     """Whether a folder has records and nothing else: what an interrupted evaluation leaves."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return bool(names) and all(name.startswith(_PREFIX) for name in names)
-
-
-def mean_of(metrics: Sequence[Metric]) -> Metric:
-    """Unweighted mean of figures of different tasks, as the paper averages."""
-    values = [m.value for m in metrics if m.value is not None]
-    errors = [m.stderr for m in metrics if m.stderr is not None]
-    whole = len(errors) == len(metrics)
-    return Metric(
-        "mean",
-        sum(values) / len(metrics) if len(values) == len(metrics) else None,
-        math.sqrt(sum(e * e for e in errors)) / len(metrics) if whole else None,
-        metrics[0].better,
-    )
-
-
-def shown(metric: Metric, reference: Metric | None = None) -> str:
-    """A figure for people: shares in percent, with the standard error behind.
-
-    With a reference, the difference from it instead, and behind it half of its 95% interval. That
-    takes the two as independent; they answer the same rows, so it is rather too wide.
-    """
-    if metric.value is None or reference is not None and reference.value is None:
-        return "infinite" if metric.value is None else ""
-    share = metric.name.startswith(("acc", "exact_match", "mean")) and 0 <= metric.value <= 1
-    scale, digits, unit = (100.0, ".1f", "%") if share else (1.0, ".4g", "")
-    if reference is None or reference.value is None:
-        error = metric.stderr
-        text = f"{scale * metric.value:{digits}}{unit}"
-    else:
-        error = None
-        if metric.stderr is not None and reference.stderr is not None:
-            error = _NORMAL_95 * math.hypot(metric.stderr, reference.stderr)
-        text = f"{scale * (metric.value - reference.value):+{digits}}"
-    if error is None:
-        return text
-    return f"{text} ± {scale * error:{'.1f' if share else '.2g'}}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,29 +14,21 @@ from starkv_core.artifacts import SCHEMA, write_json_atomic
 from starkv_core.budget import mean_bits, paper_rate
 from starkv_core.engine import check_context
 from starkv_core.errors import UserError
+from starkv_core.eval.builtin import (
+    PERPLEXITY,
+    BuiltinTask,
+    grid_of,
+    perplexity_task,
+    retrieval_task,
+)
 from starkv_core.eval.deployed import CacheBytes, measure_at
 from starkv_core.eval.figures import retrieval_heatmap
-from starkv_core.eval.perplexity import (
-    MODES,
-    Mode,
-    PerplexityResult,
-    Windows,
-    cut_windows,
-    perplexity,
-)
-from starkv_core.eval.records import Kept, Metric, Record, mean_of, run_hash, shown
-from starkv_core.eval.retrieval import (
-    TASKS as RETRIEVAL,
-)
-from starkv_core.eval.retrieval import (
-    TITLES,
-    RetrievalGrid,
-    RetrievalResult,
-    check_grid,
-    make_grid,
-    retrieval,
-)
-from starkv_core.eval.taskset import PROTOCOL, ZERO_SHOT, TaskSet
+from starkv_core.eval.perplexity import MODES, Mode, Windows, cut_windows
+from starkv_core.eval.records import Kept, Record
+from starkv_core.eval.retrieval import TASKS as RETRIEVAL
+from starkv_core.eval.retrieval import check_grid, make_grid
+from starkv_core.eval.table import Column, figures_json, table
+from starkv_core.eval.taskset import TaskSet
 from starkv_core.eval.text import BUILTIN, EvalText, is_endless, read_eval_text
 from starkv_core.progress import SILENT, Progress
 from starkv_core.provenance import git_commit, hardware, versions
@@ -45,7 +37,6 @@ from starkv_core.run import dense_of
 if TYPE_CHECKING:
     from starkv_core.run import Subject
 
-PERPLEXITY = "perplexity"
 TASKS: tuple[str, ...] = (PERPLEXITY, *RETRIEVAL)
 DEFAULT_TASKS = (PERPLEXITY, "passkey", "kv")
 BUILTIN_WINDOWS = 32  # unless more are asked for: a minute on two cores
@@ -120,86 +111,23 @@ class EvalOptions:
         return tuple(task for task in self.tasks if task in TASKS)
 
 
-@dataclass
-class Figures:
-    """Results of one subject: built-in tasks, those of lm-eval, bytes of a cache of its own."""
-
-    perplexity: dict[Mode, PerplexityResult] = field(default_factory=dict)
-    retrieval: dict[str, RetrievalResult] = field(default_factory=dict)
-    tasks: dict[str, Record] = field(default_factory=dict)
-    probe: CacheBytes | None = None
-
-    @property
-    def cache(self) -> CacheBytes:
-        """Bytes of a live cache, from the first result there is, but for short requests."""
-        held = [result.cache for result in self.perplexity.values()]
-        held += [result.cache for result in self.retrieval.values()]
-        held += [] if self.probe is None else [self.probe]
-        return held[0]
-
-    def means(self, groups: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Metric]]:
-        """Mean of every group over its tasks: the paper's for zero-shot, else of what all have."""
-        for group, members in groups.items():
-            records = [self.tasks[member] for member in members]
-            if group == ZERO_SHOT:
-                yield group, mean_of([r.metric(PROTOCOL[r.task]) for r in records])
-                continue
-            shared = [m.name for m in records[0].metrics]
-            for record in records[1:]:
-                names = {m.name for m in record.metrics}
-                shared = [name for name in shared if name in names]
-            for name in shared:
-                yield f"{group}, {name}", mean_of([record.metric(name) for record in records])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain form for JSON."""
-        return {
-            "perplexity": {mode: result.to_dict() for mode, result in self.perplexity.items()},
-            "retrieval": {task: result.to_dict() for task, result in self.retrieval.items()},
-            "cache": self.cache.to_dict(),
-        }
-
-
 @dataclass(frozen=True)
 class Report:
     """An evaluation.
 
     Attributes:
         document: all of it, for JSON.
-        columns: ``dense``, ``compressed`` or both.
-        groups: tasks of lm-eval in groups named by the user.
-        reused: tasks and subjects whose figures an earlier evaluation had kept.
+        columns: of the one table, by name: ``dense``, ``compressed`` or both.
+        records: every finished task of every column.
     """
 
     document: dict[str, Any]
-    columns: dict[str, Figures]
-    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    reused: tuple[str, ...] = ()
+    columns: dict[str, Column]
+    records: tuple[Record, ...]
 
     def rows(self) -> list[list[str]]:
         """The one table: a label, then a figure for each column."""
-        figures = list(self.columns.values())
-        first = figures[0]
-        rows = []
-        for mode, result in first.perplexity.items():
-            read = "prefill of codes" if mode == "prefill" and self.document["bits"] else mode
-            label = f"perplexity ({read}, {result.windows} x {result.window} tokens)"
-            rows.append([label, *(f"{f.perplexity[mode].ppl:.2f}" for f in figures)])
-        for task, found in first.retrieval.items():
-            for length in found.lengths:
-                shares = (f.retrieval[task].at_length(length) for f in figures)
-                label = f"{TITLES[task]} accuracy, {length} tokens"
-                rows.append([label, *(f"{s:.1%}" for s in shares)])
-        for task, record in first.tasks.items():
-            for metric in record.metrics:
-                label = f"{task}, {metric.name} ({record.path}, n {record.n})"
-                rows.append([label, *(shown(f.tasks[task].metric(metric.name)) for f in figures)])
-        for means in zip(*(f.means(self.groups) for f in figures), strict=True):
-            rows.append([f"{means[0][0]}, mean", *(shown(metric) for _, metric in means)])
-        held = first.cache.tokens
-        bytes_label = f"cache bytes per token (measured at {held} tokens)"
-        rows.append([bytes_label, *(f"{f.cache.per_token:,.0f}" for f in figures)])
-        rows.append(["cache ratio", *(f"{f.cache.ratio:.2f}" for f in figures)])
+        rows = table(list(self.columns.values()))
         if "compressed" in self.columns:
             bits = self.document["bits"]
             rate = "paper rate (compressed layers only{})".format(", in bits" if bits else "")
@@ -215,9 +143,16 @@ class Report:
         """Write the JSON report and, with a retrieval grid, its PNG; returns the files written."""
         written = [report]
         write_json_atomic(report, self.document)
-        columns = {name: f.retrieval for name, f in self.columns.items()}
-        if any(columns.values()):
-            retrieval_heatmap(columns, figure, f"retrieval, {self.document['name']}")
+        grids = {
+            name: {
+                record.task: grid
+                for record in self.records
+                if record.subject == name and (grid := grid_of(record)) is not None
+            }
+            for name in self.columns
+        }
+        if any(grids.values()):
+            retrieval_heatmap(grids, figure, f"retrieval, {self.document['name']}")
             written.append(figure)
         return written
 
@@ -236,11 +171,12 @@ def evaluate(
         options: how.
         progress: of every task.
         tasks: those of ``options.tasks`` that are not built in.
-        kept: where finished tasks of lm-eval are looked for and put; None keeps nothing.
+        kept: where finished tasks are looked for and put; None keeps nothing.
 
     Raises:
-        UserError: unusable text or grid, or a context past the model's; before any computation.
-        RunFailure: a compressed pass that went past its latents, or a figure that is not finite.
+        UserError: unusable text or grid, or a context past the model's, before any computation.
+            Predictions that are not finite.
+        RunFailure: a compressed pass that went past its latents.
     """
     started = time.perf_counter()
     tasks, kept = tasks or TaskSet(), kept or Kept(None)
@@ -248,33 +184,34 @@ def evaluate(
     missing = [f"task {name!r} is not loaded" for name in options.tasks if name not in given]
     if missing:
         raise UserError.many("eval", missing)
-    text, windows, grids = _material(subject, options)
-    columns: dict[str, Figures] = {}
-    reused: list[str] = []
+    text, windows, builtin = _material(subject, options)
     subjects = {"compressed": subject} if subject.compressed else {}
     if not subject.compressed or options.dense:
         subjects = {"dense": dense_of(subject), **subjects}
+    columns: dict[str, Column] = {}
+    records: list[Record] = []
     for name, one in subjects.items():
-        figures = _figures(one, windows, grids, options, progress)
-        _run_tasks(one, name, figures, options, tasks, kept, reused, progress)
-        columns[name] = figures
-    document = _document(subject, options, text, windows, columns, started)
-    document["results"] = [
-        record.to_dict()
-        for name, one in subjects.items()
-        for record in _records(name, one, columns[name], text)
-    ]
-    document["means"] = {
-        name: {label: asdict(metric) for label, metric in figures.means(tasks.groups)}
-        for name, figures in columns.items()
-    }
-    return Report(document, columns, tasks.groups, tuple(reused))
+        found = list(_run(one, name, builtin, tasks, options, kept, progress))
+        columns[name] = Column(name, found[0].run, _cache(one, found))
+        for record in found:
+            columns[name].add(record)
+        columns[name].add_means(tasks.groups)
+        records += found
+    document = _document(subject, options, text, windows)
+    document["results"] = [record.to_dict() for record in records]
+    document["groups"] = {group: list(members) for group, members in tasks.groups.items()}
+    reference = next(iter(columns.values()))
+    for name, column in columns.items():
+        figures = figures_json(column, reference)
+        document[name] = {"cache": column.cache.to_dict(), "figures": figures}
+    document["seconds"] = round(time.perf_counter() - started, 1)
+    return Report(document, columns, tuple(records))
 
 
 def _material(
     subject: Subject, options: EvalOptions
-) -> tuple[EvalText | None, Windows | None, list[RetrievalGrid]]:
-    """Text, windows and prompts of the built-in tasks, all checked."""
+) -> tuple[EvalText | None, Windows | None, list[BuiltinTask]]:
+    """Text, windows and built-in tasks, all checked."""
     if not options.builtin:
         return None, None, []
     tokenizer = subject.tokenizer
@@ -292,12 +229,13 @@ def _material(
         field=options.field,
     )
     windows: Windows | None = None
+    tasks = []
     if PERPLEXITY in options.tasks:
         windows = cut_windows(tokenizer, text, options.window, windows_wanted)
         check_context(subject, options.window, f"window {options.window}")
+        tasks += [perplexity_task(text, windows, mode) for mode in options.modes]
     special = set(tokenizer.all_special_ids)
     filler = [token for token in text.ids if token not in special]
-    grids = []
     for task in RETRIEVAL:
         if task not in options.tasks:
             continue
@@ -311,30 +249,32 @@ def _material(
             options.seed,
         )
         check_grid(subject, grid)
-        grids.append(grid)
-    return text, windows, grids
+        tasks.append(retrieval_task(text, grid, options.seed))
+    return text, windows, tasks
 
 
-def _run_tasks(
+def _run(
     subject: Subject,
     column: str,
-    figures: Figures,
-    options: EvalOptions,
+    builtin: Sequence[BuiltinTask],
     tasks: TaskSet,
+    options: EvalOptions,
     kept: Kept,
-    reused: list[str],
     progress: Progress,
-) -> None:
-    """Run lm-eval's tasks; note in ``reused`` those that were kept."""
+) -> Iterator[Record]:
+    """Every task on one subject."""
+    for task in builtin:
+        make = partial(task.run, subject, options.batch or BATCH, progress)
+        yield kept.take(subject, column, task.about, make)
     if not tasks.tasks:
         return
     from starkv_core.eval.harness import run_task  # the extra `eval`
 
-    for task in tasks.tasks:
-        record, old = run_task(
+    for harness_task in tasks.tasks:
+        yield run_task(
             subject,
             column,
-            task,
+            harness_task,
             kept=kept,
             path="decode" if options.decode_path else "prefill",
             batch=options.batch,
@@ -342,50 +282,15 @@ def _run_tasks(
             limit=options.limit,
             progress=progress,
         )
-        figures.tasks[task.name] = record
-        if old:
-            reused.append(f"{task.name} ({column})")
-    if not figures.perplexity and not figures.retrieval:
-        figures.probe = measure_at(subject, min(_PROBE, subject.max_positions))
 
 
-def _records(
-    column: str, subject: Subject, figures: Figures, text: EvalText | None
-) -> Iterator[Record]:
-    """All figures of a subject in the one schema."""
-    if text is not None:
-        data = {"source": text.source, "sha256": text.sha256}
-        run, made = run_hash(subject), versions()
-        for mode, result in figures.perplexity.items():
-            path = "prefill" if mode == "prefill" else "decode"
-            ppl = result.ppl if math.isfinite(result.ppl) else None
-            metrics = (
-                Metric("ppl", ppl, better="lower"),
-                Metric("bits_per_byte", result.bits_per_byte, better="lower"),
-            )
-            options: dict[str, Any] = {"window": result.window}
-            yield Record(
-                PERPLEXITY,
-                column,
-                path,
-                result.windows,
-                metrics,
-                data,
-                run,
-                made,
-                options,
-                cache=result.cache,
-            )
-        for task, grid in figures.retrieval.items():
-            n = grid.prompts * len(grid.lengths) * len(grid.depths)
-            acc = grid.accuracy
-            error = math.sqrt(acc * (1 - acc) / (n - 1)) if n > 1 else None
-            options = {"lengths": list(grid.lengths), "depths": list(grid.depths)}
-            metric = Metric("acc", acc, error)
-            yield Record(
-                task, column, "decode", n, (metric,), data, run, made, options, cache=grid.cache
-            )
-    yield from figures.tasks.values()
+def _cache(subject: Subject, records: Sequence[Record]) -> CacheBytes:
+    """Bytes of a live cache, from the first built-in task, or else from a pass of their own.
+
+    Requests of other tasks may be short, and slots ahead would weigh too much.
+    """
+    held = (r.cache for r in records if r.task in TASKS and r.cache is not None)
+    return next(held, None) or measure_at(subject, min(_PROBE, subject.max_positions))
 
 
 def _tokens_needed(options: EvalOptions, windows: int | None) -> int | None:
@@ -396,36 +301,11 @@ def _tokens_needed(options: EvalOptions, windows: int | None) -> int | None:
     return max(windows * options.window, filler)
 
 
-def _figures(
-    subject: Subject,
-    windows: Windows | None,
-    grids: Sequence[RetrievalGrid],
-    options: EvalOptions,
-    progress: Progress,
-) -> Figures:
-    found = Figures()
-    if windows is not None:
-        for mode in options.modes:
-            found.perplexity[mode] = perplexity(
-                subject, windows, mode=mode, batch=options.batch or BATCH, progress=progress
-            )
-    for grid in grids:
-        found.retrieval[grid.task] = retrieval(
-            subject, grid, batch=options.batch or BATCH, progress=progress
-        )
-    return found
-
-
 def _document(
-    subject: Subject,
-    options: EvalOptions,
-    text: EvalText | None,
-    windows: Windows | None,
-    columns: dict[str, Figures],
-    started: float,
+    subject: Subject, options: EvalOptions, text: EvalText | None, windows: Windows | None
 ) -> dict[str, Any]:
     codes = subject.codes
-    document: dict[str, Any] = {
+    return {
         "schema": SCHEMA,
         "kind": "eval",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -449,6 +329,3 @@ def _document(
             None if subject.ranks is None else paper_rate(subject.spec, subject.ranks, codes)
         ),
     }
-    document.update({name: figures.to_dict() for name, figures in columns.items()})
-    document["seconds"] = round(time.perf_counter() - started, 1)
-    return document

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,16 @@ def starkv(*args: object) -> int:
     return int(end.value.code or 0)
 
 
+def record(report: dict[str, Any], task: str, subject: str, path: str | None = None) -> Any:
+    """The only record of a task."""
+    (found,) = (
+        one
+        for one in report["results"]
+        if (one["task"], one["subject"]) == (task, subject) and path in (None, one["path"])
+    )
+    return found
+
+
 def test_run_beside_its_dense_model(
     on_disk: OnDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -45,16 +56,21 @@ def test_run_beside_its_dense_model(
     }
     assert table[""] == ["dense", "compressed"]
     report = json.loads((out / "eval.json").read_text())
-    dense, compressed = (report[c]["perplexity"]["prefill"] for c in ("dense", "compressed"))
-    shown = [f"{dense['ppl']:.2f}", f"{compressed['ppl']:.2f}"]
-    assert table["perplexity (prefill, 2 x 256 tokens)"] == shown
-    assert dense["ppl"] != compressed["ppl"]
-    assert dense["tokens"] == compressed["tokens"] == 2 * 255
+    dense, compressed = (record(report, "perplexity", c) for c in ("dense", "compressed"))
+    cells = table["perplexity, ppl (prefill, n 2 x 256 tokens)"]
+    for cell, found in zip(cells, (dense, compressed), strict=True):
+        assert cell.startswith(f"{found['metrics'][0]['value']:.4g} ± ")
+    change = compressed["metrics"][0]["value"] - dense["metrics"][0]["value"]
+    assert f"({change:+.3g} ± " in cells[1]
+    assert "(" not in cells[0] and "unpaired" not in printed.out.split("╰")[0].split("└")[0]
+    assert dense["rows"]["nll"] != compressed["rows"]["nll"]
+    assert dense["n"] == compressed["n"] == 2
     # 2 layers, keys and values, 2 heads of 12 numbers, 2 bytes
     assert table["cache bytes per token (measured at 256 tokens)"] == ["192", "96"]
     assert table["cache ratio"] == ["1.00", "2.00"]
     assert table["paper rate (compressed layers only)"] == ["", "50.0%"]
-    assert {"pass-key accuracy, 400 tokens", "key-value accuracy, 400 tokens"} <= table.keys()
+    for task in ("pass-key", "key-value"):
+        assert {f"{task}, acc{of} (decode, n 2)" for of in ("", " at 400 tokens")} <= table.keys()
     assert (out / "retrieval.png").read_bytes().startswith(b"\x89PNG")
     assert report["text"]["sha256"] == hashlib.sha256(on_disk.text.read_bytes()).hexdigest()
     assert report["model"]["name"] == str(on_disk.model)
@@ -67,9 +83,12 @@ def test_modes_agree_on_the_deployed_path(
 ) -> None:
     args = ["--tasks", "perplexity", "--window", "64", "--windows", "3", "--mode", "both"]
     assert starkv("eval", on_disk.run, *args, "--text", on_disk.text, "--json") == 0
-    modes = json.loads(capsys.readouterr().out)["compressed"]["perplexity"]
+    report = json.loads(capsys.readouterr().out)
+    one, other = (
+        record(report, "perplexity", "compressed", path) for path in ("prefill", "decode")
+    )
     # Both read the same 16-bit latents; they differ by the order of float32 sums.
-    assert modes["prefill"]["nll"] == pytest.approx(modes["token"]["nll"], rel=1e-4)
+    assert one["rows"]["nll"] == pytest.approx(other["rows"]["nll"], rel=1e-4)
 
 
 def test_results_of_one_second_do_not_replace_each_other(
@@ -104,7 +123,7 @@ def test_results_land_in_the_run(on_disk: OnDisk, capsys: pytest.CaptureFixture[
     assert str(report) in printed.err
     found = json.loads(report.read_text())
     assert "dense" not in found
-    assert found["compressed"]["perplexity"] == {}
+    assert [one["task"] for one in found["results"]] == ["passkey"]
     assert "compressed" in printed.out
     assert "dense" not in printed.out
 
@@ -174,13 +193,15 @@ def test_runs_side_by_side(
     # one dense model, whichever report has it
     assert [column["label"] for column in columns] == ["dense", str(first)]
     values = [column["figures"][0]["value"] for column in columns]
-    reports = json.loads((first / "eval.json").read_text())
+    report = json.loads((first / "eval.json").read_text())
     assert values == [
-        reports[name]["perplexity"]["prefill"]["ppl"] for name in ("dense", "compressed")
+        record(report, "perplexity", name)["metrics"][0]["value"]
+        for name in ("dense", "compressed")
     ]
+    assert columns[1]["figures"][0]["difference"]["paired"]
     assert {path.name for path in out.iterdir()} == {"compare.png", "compare.json"}
     assert starkv("eval", "--compare", first) == 0
-    assert "perplexity, ppl (prefill, n 2)" in capsys.readouterr().out
+    assert "perplexity, ppl (prefill, n 2 x 64 tokens)" in capsys.readouterr().out
     for refused, words in (
         (["eval", first, second], "--compare"),
         (["eval", "--compare"], "name the runs"),

@@ -11,7 +11,9 @@ import pytest
 
 from starkv_core.errors import UserError
 from starkv_core.eval.compare import compare
-from starkv_core.eval.records import Metric, Record, mean_of, shown
+from starkv_core.eval.confidence import Figure, difference, mean_of, shown
+from starkv_core.eval.figures import comparison_figure
+from starkv_core.eval.records import Metric, Record
 from starkv_core.eval.taskset import PROTOCOL
 
 
@@ -36,9 +38,10 @@ def report(folder: Path, created: str, per_token: dict[str, float], records: lis
         "kind": "eval",
         "created": created,
         "results": [one.to_dict() for one in records],
+        "groups": {},
     }
     for name, value in per_token.items():
-        document[name] = {"cache": {"per_token": value, "ratio": 1000.0 / value}}
+        document[name] = {"cache": {"rows": 1, "tokens": 8, "held": 8 * value, "dense": 8000}}
     (folder / f"eval-{created}.json").write_text(json.dumps(document))
 
 
@@ -55,17 +58,17 @@ def test_one_table_with_differences_from_the_dense_model(tmp_path: Path) -> None
     found = compare([str(a), str(b)])
     assert [c.label for c in found.columns] == ["dense", str(a), str(b)]
     table = found.rows()
-    half = 196 * math.hypot(0.03, 0.03)
+    half = 198.4 * math.hypot(0.03, 0.03)  # Student's t of 99 degrees
     assert table[0] == [
         "piqa, acc (prefill, n 100)",
         "80.0% ± 3.0",
-        f"70.0% ± 3.0 (-10.0 ± {half:.1f})",
-        f"75.0% ± 3.0 (-5.0 ± {half:.1f})",
+        f"70.0% ± 3.0 (-10.0 ± {half:.1f} unpaired)",
+        f"75.0% ± 3.0 (-5.0 ± {half:.1f} unpaired)",
     ]
     assert [row[1:] for row in table[1:3]] == [["", "", "10.0% ± 3.0"], ["", "", "20.0% ± 3.0"]]
-    assert table[3] == ["cache bytes per token", "1,000", "500", "250"]
+    assert table[3] == ["cache bytes per token (measured at 8 tokens)", "1,000", "500", "250"]
     assert table[4] == ["cache ratio", "1.00", "2.00", "4.00"]
-    found.figure(tmp_path / "compare.png")
+    comparison_figure(found.columns, tmp_path / "compare.png")
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads(json.dumps(found.to_dict()))["reference"] == "dense"
 
@@ -77,9 +80,7 @@ def test_the_latest_figure_of_the_weights_of_now(tmp_path: Path) -> None:
     report(run, "2", held, [record("arc_easy", "compressed", 0.2, "after it")])
     report(run, "3", held, [record("arc_easy", "compressed", 0.3, "after it")])
     (column,) = compare([str(run)]).columns
-    assert [(row.task, metric.value) for row, metric in column.figures.items()] == [
-        ("arc_easy", 0.3)
-    ]
+    assert [(row.task, f.metric.value) for row, f in column.figures.items()] == [("arc_easy", 0.3)]
 
 
 def test_the_papers_mean_where_all_of_its_tasks_are(tmp_path: Path) -> None:
@@ -93,14 +94,22 @@ def test_the_papers_mean_where_all_of_its_tasks_are(tmp_path: Path) -> None:
     assert table["zero-shot, mean (prefill, n 600)"] == "40.0% ± 1.2"
 
 
+def figure(name: str, value: float | None, stderr: float | None = None) -> Figure:
+    return Figure(Metric(name, value, stderr), 10)
+
+
 def test_means_and_figures_for_people() -> None:
-    mean = mean_of([Metric("acc", 0.5, 0.03), Metric("acc_norm", 0.7, 0.04)])
+    mean = mean_of([figure("acc", 0.5, 0.03), figure("acc_norm", 0.7, 0.04)]).metric
     assert (mean.value, mean.stderr) == (pytest.approx(0.6), pytest.approx(0.025))
-    assert mean_of([Metric("acc", 0.5, 0.03), Metric("acc", 0.7)]).stderr is None
+    assert mean_of([figure("acc", 0.5, 0.03), figure("acc", 0.7)]).metric.stderr is None
     assert shown(Metric("ppl", 12.3456)) == "12.35"
     assert shown(Metric("ppl", None)) == "infinite"
-    assert shown(Metric("ppl", 13.0), Metric("ppl", 12.5)) == "+0.5"
-    assert shown(Metric("acc", 0.5), Metric("acc", 0.25, 0.1)) == "+25.0"
+    for one, other, text in (
+        (figure("ppl", 13.0), figure("ppl", 12.5), "13 (+0.5)"),
+        (figure("acc", 0.5), figure("acc", 0.25, 0.1), "50.0% (+25.0)"),
+    ):
+        assert shown(one.metric, difference(one, other)) == text
+    assert difference(figure("ppl", None), figure("ppl", 12.5)) is None
 
 
 def test_nothing_to_compare(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from starkv_core.errors import UserError
 from starkv_core.eval.harness import SubjectLM, generation, run_task
 from starkv_core.eval.local_data import FILES
 from starkv_core.eval.records import Kept, Record
-from starkv_core.eval.taskset import load_tasks
+from starkv_core.eval.taskset import HarnessTask, load_tasks
 from starkv_core.models import load
 from starkv_core.models.load import LoadedModel
 from starkv_core.run import Subject, dense_subject
@@ -232,31 +233,44 @@ def test_rows_are_asked_and_scored_as_lm_evals_own_task_does(name: str, tmp_path
     assert mine.task.higher_is_better() == theirs.higher_is_better()
 
 
-def test_a_finished_task_is_kept(dense: Subject, tmp_path: Path) -> None:
+def test_a_finished_task_is_kept(
+    dense: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, results = tmp_path / "data", tmp_path / "results"
     data.mkdir()
     write_rows(data)
     (task,) = load_tasks(["arc_easy"], data=data).tasks
     kept = Kept(results)
-    first, old = run_task(dense, "dense", task, kept=kept)
-    assert not old
+    first = run_task(dense, "dense", task, kept=kept)
+    assert not kept.reused
     (file,) = results.iterdir()
     assert json.loads(file.read_text())["record"]["task"] == "arc_easy"
-    again, old = run_task(dense, "dense", task, kept=kept)
-    assert old
+    again = run_task(dense, "dense", task, kept=kept)
+    assert kept.reused == ["arc_easy (dense, prefill)"]
     assert again == Record.from_dict(json.loads(json.dumps(first.to_dict())))
     assert again.to_dict() == first.to_dict()
+    # what each row scored
+    for metric in first.metrics:
+        assert fmean(first.values(metric)) == pytest.approx(metric.value)
+        assert len(first.values(metric)) == first.n
+    assert set(first.rows["acc"]) <= {"0", "1"}
+
+    def made_anew(task: HarnessTask, **changed: Any) -> bool:
+        before = len(kept.reused)
+        run_task(dense, "dense", task, kept=kept, **changed)
+        return len(kept.reused) == before
+
     # whatever the figures depend on
     for changed in ({"path": "decode"}, {"limit": 1}, {"add_bos": True}):
-        _, old = run_task(dense, "dense", task, kept=kept, **changed)  # type: ignore[arg-type]
-        assert not old
+        assert made_anew(task, **changed)
     path = data / FILES["arc_easy"]
     path.write_text(path.read_text().replace("dog", "cat"))
-    (task,) = load_tasks(["arc_easy"], data=data).tasks
-    assert not run_task(dense, "dense", task, kept=kept)[1]
+    assert made_anew(*load_tasks(["arc_easy"], data=data).tasks)
     # a record that was damaged is made again
     file.write_text(file.read_text()[:50])
     path.write_text(path.read_text().replace("cat", "dog"))
-    (task,) = load_tasks(["arc_easy"], data=data).tasks
-    assert not run_task(dense, "dense", task, kept=kept)[1]
-    assert run_task(dense, "dense", task, kept=kept)[1]
+    assert made_anew(task)
+    assert not made_anew(task)
+    with monkeypatch.context() as patch:
+        patch.setattr("starkv_core.eval.records.source_hash", lambda: "other code")
+        assert made_anew(task)

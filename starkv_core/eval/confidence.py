@@ -1,0 +1,166 @@
+"""Standard errors, and differences of figures with intervals: on the same rows in pairs.
+
+A figure is a mean over rows, a function of one, or a mean of such figures; to first order (the
+delta method) it moves with its rows as a weighted sum of means, its parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import stdev
+
+from starkv_core.eval.records import Metric, Record
+
+_MANY = 200  # degrees of freedom from which a series is exact to 1e-4
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of independent values: ``s / sqrt(n)``, with n - 1 in s; None for one value."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric and what it is made of.
+
+    Attributes:
+        metric: the figure.
+        n: rows.
+        parts: a weight and the values of each mean; none where they are not known.
+    """
+
+    metric: Metric
+    n: int
+    parts: tuple[tuple[float, tuple[float, ...]], ...] = ()
+
+
+def figures_of(record: Record) -> dict[str, Figure]:
+    """Figures of a record by their metric's name."""
+    return {
+        m.name: Figure(m, record.n, ((m.slope, record.values(m)),) if m.rows else ())
+        for m in record.metrics
+    }
+
+
+def mean_of(figures: Sequence[Figure]) -> Figure:
+    """Unweighted mean of figures of different tasks, as the paper averages."""
+    metrics, k = [figure.metric for figure in figures], len(figures)
+    values = [m.value for m in metrics if m.value is not None]
+    errors = [m.stderr for m in metrics if m.stderr is not None]
+    metric = Metric(
+        "mean",
+        sum(values) / k if len(values) == k else None,
+        math.hypot(*errors) / k if len(errors) == k else None,
+        metrics[0].better,
+    )
+    parts = tuple((weight / k, values) for f in figures for weight, values in f.parts)
+    known = all(figure.parts for figure in figures)
+    return Figure(metric, sum(f.n for f in figures), parts if known else ())
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two figures.
+
+    Attributes:
+        value: the first less the second.
+        half: half of its 95% interval; None where errors are not known.
+        paired: whether rows were compared one by one, or the two taken as independent, which is
+            too wide where they answer the same rows.
+    """
+
+    value: float
+    half: float | None
+    paired: bool
+
+
+def difference(figure: Figure, reference: Figure) -> Difference | None:
+    """``figure`` less ``reference``, figures of the same rows; None where one is infinite."""
+    one, other = figure.metric, reference.metric
+    if one.value is None or other.value is None:
+        return None
+    value = one.value - other.value
+    sizes = [len(values) for _, values in figure.parts]
+    if sizes and min(sizes) > 1 and sizes == [len(values) for _, values in reference.parts]:
+        error = math.sqrt(
+            sum(
+                _paired_variance(*mine, *theirs)
+                for mine, theirs in zip(figure.parts, reference.parts, strict=True)
+            )
+        )
+        return Difference(value, student_95(sum(sizes) - len(sizes)) * error, True)
+    if one.stderr is None or other.stderr is None or figure.n < 2:
+        return Difference(value, None, False)
+    half = student_95(figure.n - 1) * math.hypot(one.stderr, other.stderr)
+    return Difference(value, half, False)
+
+
+def _paired_variance(
+    weight: float, values: Sequence[float], other_weight: float, others: Sequence[float]
+) -> float:
+    """Variance of the difference of two weighted means of the same rows.
+
+    Of rows right or wrong: Agresti and Min's (2005), half a row more in each of the four cells, for
+    a run that errs nowhere the other does not is still not known to be the same.
+    """
+    n = len(values)
+    if weight == other_weight and {*values, *others} <= {0.0, 1.0}:
+        gained = sum(a > b for a, b in zip(values, others, strict=True)) + 0.5
+        lost = sum(a < b for a, b in zip(values, others, strict=True)) + 0.5
+        share = (gained - lost) / (n + 2)
+        return weight**2 * ((gained + lost) / (n + 2) - share**2) / (n + 2)
+    pairs = zip(values, others, strict=True)
+    return stdev(weight * a - other_weight * b for a, b in pairs) ** 2 / n
+
+
+@cache
+def student_95(freedom: int) -> float:
+    """Half of the interval that holds 95% of Student's t with ``freedom`` degrees, 1 or more."""
+    z = 1.959963985
+    if freedom > _MANY:
+        return z + (z**3 + z) / (4 * freedom)
+    low, high = z, 13.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        if _student_share(middle, freedom) < 0.95:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _student_share(t: float, freedom: int) -> float:
+    """Probability of (-t, t): Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for k in range(2 + odd, freedom - 1, 2):
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+        total += term
+    if odd:
+        return 2 / math.pi * (angle + math.sin(angle) * total)
+    return math.sin(angle) * total
+
+
+def shown(metric: Metric, change: Difference | None = None) -> str:
+    """A figure for people: shares in percent, its standard error, the change in brackets."""
+    if metric.value is None:
+        return "infinite"
+    share = metric.name.startswith(("acc", "exact_match", "mean")) and 0 <= metric.value <= 1
+    scale, digits, unit = (100.0, ".1f", "%") if share else (1.0, ".4g", "")
+    text = f"{scale * metric.value:{digits}}{unit}{_error(metric.stderr, share)}"
+    if change is None:
+        return text
+    known = change.half is not None and not change.paired
+    behind = _error(change.half, share) + (" unpaired" if known else "")
+    return f"{text} ({scale * change.value:{'+.1f' if share else '+.3g'}}{behind})"
+
+
+def _error(error: float | None, share: bool) -> str:
+    if error is None:
+        return ""
+    return f" ± {100 * error:.1f}" if share else f" ± {error:.2g}"
