@@ -296,7 +296,7 @@ class CompressedAttention:
         if step is None:
             filled, first = _count(layer.length, q.device), None
             if mask is not None:
-                mask = _checked(mask)[..., : layer.length]
+                mask = checked_mask(mask)[..., : layer.length]
         else:
             filled, first, mask = step.filled, step.first, None
         tables = self.tables.slots(layer.room, q.device)
@@ -333,7 +333,7 @@ class CompressedAttention:
         if step is None:
             filled, first = _count(layer.length, q.device), None
             if mask is not None:
-                mask = _checked(mask)[..., : layer.length]
+                mask = checked_mask(mask)[..., : layer.length]
         else:
             filled, first, mask = step.filled, step.first, None
         q, coded = code_append(
@@ -390,10 +390,10 @@ def _allowed(mask: torch.Tensor | None, past: int, n_new: int, like: torch.Tenso
         slot = torch.arange(past + n_new, device=like.device)
         seen = slot[None, :] <= slot[past:, None]
         return seen.expand(like.shape[0], 1, -1, -1)
-    return _checked(mask)[..., : past + n_new]
+    return checked_mask(mask)[..., : past + n_new]
 
 
-def _checked(mask: torch.Tensor) -> torch.Tensor:
+def checked_mask(mask: torch.Tensor) -> torch.Tensor:
     """Refuse additive masks: their biases could only be told apart by a synchronisation."""
     if mask.dtype != torch.bool:
         raise TypeError(

@@ -110,6 +110,19 @@ class Subject:
         return {i: w.codes for i, w in self.weights.items() if w.codes is not None}
 
     @property
+    def cache_name(self) -> str | None:
+        """The baseline that its cache follows; None for the cache that it deploys.
+
+        A prompt attends to exact keys there, so that only decode tells what such a cache costs.
+        """
+        return None
+
+    @property
+    def mixes_lengths(self) -> bool:
+        """Whether rows of a batch, padded on the left, read as each alone would."""
+        return not self.codes
+
+    @property
     def max_positions(self) -> int:
         """Longest context in tokens."""
         return self.spec.max_positions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from starkv_core.models.load import LoadedModel
 from triton_ops.latent_attention import RopeTables
 
 WeightsOf = Callable[[], LatentWeights]
+Attend = Callable[[torch.Tensor, torch.Tensor | None, Any], torch.Tensor]
+"""Output ``[B, L, d]`` for new tokens ``[B, L, d]``, a mask in SDPA's form and a cache or None."""
 
 
-@contextmanager
 def compressed(
     loaded: LoadedModel,
     layers: Mapping[int, WeightsOf],
@@ -23,7 +24,7 @@ def compressed(
     store_dtype: torch.dtype = torch.bfloat16,
     backend: str = "reference",
     tables: RopeTables | None = None,
-) -> Iterator[Any]:
+) -> AbstractContextManager[Any]:
     """Run the model with some layers compressed; the base model is back on leaving, come what may.
 
     Compressed layers take cache slots as positions and do not read ``position_ids``. For the
@@ -38,26 +39,41 @@ def compressed(
         backend: of :func:`triton_ops.latent_attention.latent_attention`.
         tables: RoPE tables to share between calls.
 
+    Returns:
+        A context that gives the model, for ``forward`` and ``generate``.
+    """
+    tables = tables or loaded.spec.rope.growing()
+    attentions = loaded.family.attentions(loaded.model)
+
+    def attend(index: int, weights_of: WeightsOf) -> Attend:
+        live = CompressedAttention(
+            attentions[index], loaded.family, loaded.spec, tables, index, store_dtype, backend
+        )
+        return lambda hidden, mask, cache: live(weights_of(), hidden, mask, cache)
+
+    return attending(loaded, {i: attend(i, weights_of) for i, weights_of in layers.items()})
+
+
+@contextmanager
+def attending(loaded: LoadedModel, layers: Mapping[int, Attend]) -> Iterator[Any]:
+    """Run the model with other attention in some layers; the base model is back on leaving.
+
     Yields:
-        The model, for ``forward`` and ``generate``.
+        The model.
     """
     model = loaded.model
-    tables = tables or loaded.spec.rope.growing()
     attentions = loaded.family.attentions(model)
     # Masks must come in SDPA's form: None, bool or additive.
     implementation = model.config._attn_implementation
     patched: list[Any] = []
     try:
         model.config._attn_implementation = "sdpa"
-        for index, weights_of in layers.items():
+        for index, attend in layers.items():
             module = attentions[index]
             if "forward" in vars(module) and getattr(module.forward, "starkv", False):
                 raise RuntimeError(f"layer {index} is compressed already; leave that context first")
-            attend = CompressedAttention(
-                module, loaded.family, loaded.spec, tables, index, store_dtype, backend
-            )
             patched.append((module, vars(module).get("forward")))
-            module.forward = _forward(attend, weights_of)
+            module.forward = _forward(attend)
         yield model
     finally:
         model.config._attn_implementation = implementation
@@ -68,7 +84,7 @@ def compressed(
                 module.forward = original
 
 
-def _forward(attend: CompressedAttention, weights_of: WeightsOf) -> Callable[..., Any]:
+def _forward(attend: Attend) -> Callable[..., Any]:
     def forward(
         hidden_states: torch.Tensor,
         position_embeddings: Any = None,
@@ -76,7 +92,7 @@ def _forward(attend: CompressedAttention, weights_of: WeightsOf) -> Callable[...
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        return attend(weights_of(), hidden_states, attention_mask, past_key_values), None
+        return attend(hidden_states, attention_mask, past_key_values), None
 
     forward.starkv = True  # type: ignore[attr-defined]
     return forward

@@ -48,6 +48,8 @@ class StandinSubject:
 
     compressed = False
     codes: dict[int, Any] = {}
+    cache_name = None
+    mixes_lengths = True
     run_dir = None
     device = torch.device("cpu")
 

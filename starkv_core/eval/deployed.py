@@ -47,6 +47,22 @@ class CacheBytes:
         return {**asdict(self), "per_token": self.per_token, "ratio": self.ratio}
 
 
+def check_path(subject: Subject, path: str) -> None:
+    """Refuse figures of one pass for a cache that only decode reads.
+
+    Args:
+        path: ``prefill``, or anything else for steps through the cache.
+
+    Raises:
+        UserError: a prompt would attend to all of itself, whatever the cache then keeps.
+    """
+    if path == "prefill" and subject.cache_name is not None:
+        raise UserError(
+            f"cache {subject.cache_name}: one pass attends to all tokens and never reads what it "
+            "keeps; read it token by token (--mode token, of lm-eval's tasks --decode-path)"
+        )
+
+
 def measure(subject: Subject, cache: Any, rows: int) -> CacheBytes:
     """Bytes that ``cache`` holds for ``rows`` rows after a forward pass of ``subject``.
 

@@ -174,7 +174,7 @@ class SubjectLM(TemplateLM):
 
             def alike(request: Request) -> int:
                 # Padding on the left would change which tokens of a row are coded.
-                ragged = self.path == "prefill" or not self.subject.codes
+                ragged = self.path == "prefill" or self.subject.mixes_lengths
                 return 0 if ragged else len(request.context)
 
             return self._batches.run(cut, lambda request: len(request.inputs), work, alike)
@@ -215,7 +215,9 @@ class SubjectLM(TemplateLM):
                     return texts
 
                 fed = [prompt[-room:] for prompt in prompts]
-                found = self._batches.run(fed, len, work, len if self.subject.codes else _alike)
+                found = self._batches.run(
+                    fed, len, work, _alike if self.subject.mixes_lengths else len
+                )
                 for i, text in zip(members, found, strict=True):
                     answers[i] = text
         return answers

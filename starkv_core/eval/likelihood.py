@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from starkv_core.eval.deployed import CacheBytes, measure, refuse_not_finite
+from starkv_core.eval.deployed import CacheBytes, check_path, measure, refuse_not_finite
 from starkv_core.eval.steps import forced_steps
 
 if TYPE_CHECKING:
@@ -58,13 +58,15 @@ def score(
 ) -> tuple[list[Score], CacheBytes]:
     """Score a batch of requests on a fresh cache; shorter rows are padded and padding not read.
 
-    Contexts of a quantised subject must be of one length on the decode path: sinks and window go by
-    slots, so that padding on the left would change what is coded.
+    Contexts of a subject whose cache is coded must be of one length on the decode path: padding on
+    the left would change what is coded.
 
     Raises:
-        UserError: a prediction that is not finite; the first layer where that happens is named.
+        UserError: a prediction that is not finite; the first layer where that happens is named. A
+            prefill for a cache that only decode reads.
         RunFailure: the pass did not go through the compressed cache.
     """
+    check_path(subject, path)
     device = subject.device
     lengths = [len(request.targets) for request in requests]
     rows = torch.arange(len(requests), device=device).repeat_interleave(
@@ -125,8 +127,8 @@ def _by_decode(
     """All of a context but its last token in one pass, padded on the left; the rest in steps."""
     prefixes = [request.context[:-1] for request in requests]
     longest = max(map(len, prefixes))
-    if subject.codes and min(map(len, prefixes)) < longest:
-        raise ValueError("contexts of different lengths in a batch of a quantised subject")
+    if not subject.mixes_lengths and min(map(len, prefixes)) < longest:
+        raise ValueError("contexts of different lengths in a batch of a coded cache")
     mask: Tensor | None = None
     if longest:
         seen = _padded([[1] * len(prefix) for prefix in prefixes], left=True)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from starkv_core.engine import check_context
 from starkv_core.errors import UserError
-from starkv_core.eval.deployed import CacheBytes, measure, refuse_not_finite
+from starkv_core.eval.deployed import CacheBytes, check_path, measure, refuse_not_finite
 from starkv_core.eval.steps import forced_steps
 from starkv_core.eval.text import EvalText
 from starkv_core.progress import SILENT, Progress
@@ -143,12 +143,13 @@ def perplexity(
     token by token, so that every prediction reads what the cache holds.
 
     Raises:
-        UserError: a window exceeds the model's context.
-            A prediction is not finite; the first layer where that happens is named.
+        UserError: a window exceeds the model's context, or a prefill for a cache that only decode
+            reads. A prediction is not finite; the first layer where that happens is named.
         RunFailure: the pass did not go through the compressed cache.
     """
     count, window = windows.ids.shape
     check_context(subject, window, f"window {window}")
+    check_path(subject, mode)
     negative_logs = _by_prefill if mode == "prefill" else _by_token
     if mode == "prefill" and subject.compressed:
         subject = subject.with_prefill("coded")

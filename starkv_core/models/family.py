@@ -106,6 +106,11 @@ class Family:
         q = attention.q_proj(hidden)
         return q.view(*q.shape[:2], -1, head_dim).transpose(1, 2)
 
+    def keys(self, attention: Any, hidden: torch.Tensor, head_dim: int) -> torch.Tensor:
+        """Keys before RoPE: ``[B, L, d]`` to ``[B, H_kv, L, D]``."""
+        k = attention.k_proj(hidden)
+        return k.view(*k.shape[:2], -1, head_dim).transpose(1, 2)
+
     def key_norm(self, attention: Any) -> tuple[torch.Tensor, float] | None:
         """Weight ``[D]`` and epsilon of the norm on keys, or None."""
         return None
@@ -144,6 +149,10 @@ class Qwen3(Family):
     def queries(self, attention: Any, hidden: torch.Tensor, head_dim: int) -> torch.Tensor:
         q = attention.q_proj(hidden)
         return attention.q_norm(q.view(*q.shape[:2], -1, head_dim)).transpose(1, 2)
+
+    def keys(self, attention: Any, hidden: torch.Tensor, head_dim: int) -> torch.Tensor:
+        k = attention.k_proj(hidden)
+        return attention.k_norm(k.view(*k.shape[:2], -1, head_dim)).transpose(1, 2)
 
     def key_norm(self, attention: Any) -> tuple[torch.Tensor, float] | None:
         return attention.k_norm.weight, float(attention.k_norm.variance_epsilon)

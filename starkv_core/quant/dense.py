@@ -78,6 +78,16 @@ class CodedDenseSubject(Subject):
         """Model and scheme."""
         return f"{self.base.name}, {self.dense_scheme.name}"
 
+    @property
+    def cache_name(self) -> str:
+        """The scheme."""
+        return self.dense_scheme.name
+
+    @property
+    def mixes_lengths(self) -> bool:
+        """No: padding would take part in groups."""
+        return False
+
     def new_cache(self) -> LatentCache:
         """An empty cache; layers under a sliding window stay in 16 bits."""
         cache = LatentCache(self.spec, None, self.store_dtype)

@@ -1,0 +1,1 @@
+"""Baselines that drop tokens from a cache: H2O and StreamingLLM, on dense caches and on latents."""
