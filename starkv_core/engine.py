@@ -7,7 +7,7 @@ Evaluation and chat both go through :func:`stream`, so what is measured is what 
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,16 @@ def check_context(subject: Subject, needed: int, what: str) -> None:
         raise UserError(
             f"{what}: {needed} tokens do not fit the context of {subject.name}, which is "
             f"{subject.max_positions} tokens; shorten it"
+        )
+
+
+def check_ids(subject: Subject, ids: Iterable[int]) -> None:
+    """Refuse token ids that the model does not know (UserError)."""
+    largest = max(ids, default=0)
+    if largest >= subject.spec.vocab:
+        raise UserError(
+            f"{subject.name}: its tokenizer makes token {largest}, the model knows "
+            f"{subject.spec.vocab}: it belongs to another model"
         )
 
 

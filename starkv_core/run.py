@@ -34,7 +34,7 @@ from starkv_core.factors import (
     layer_tensors,
     layers_from,
 )
-from starkv_core.models.load import LoadedModel, load
+from starkv_core.models.load import LoadedModel, load, vocabulary_sha256
 from starkv_core.models.spec import ModelSpec
 from starkv_core.provenance import sha256_file
 from starkv_core.quant.artifact import QUANT, is_quantised, read_quantisation, shape_faults
@@ -317,12 +317,18 @@ def device_map_of(recipe: Recipe, device: str | None) -> str | None:
 
 
 def check_base(run_dir: Path, base: Mapping[str, Any], loaded: LoadedModel) -> None:
-    """Refuse a base model other than the one a run was made for."""
+    """Refuse a base model, or a tokenizer, other than the one a run was made for."""
     if base.get("fingerprint") != loaded.fingerprint:
         raise UserError(
             f"{run_dir}: made for other weights than {loaded.name} has "
             f"(fingerprint {base.get('fingerprint')}, got {loaded.fingerprint}); "
             "give the weights it was made for with --model"
+        )
+    expected, found = base.get("vocabulary"), vocabulary_sha256(loaded.tokenizer)
+    if expected not in (None, found):  # runs of earlier versions do not say
+        raise UserError(
+            f"{run_dir}: made with another tokenizer than {loaded.name} has (vocabulary "
+            f"{expected}, got {found}); give the model and tokenizer it was made for with --model"
         )
 
 

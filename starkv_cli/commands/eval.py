@@ -161,7 +161,7 @@ def evaluate(
     if out is not None and out.exists() and not holds_only_records(out):
         raise UserError(f"{out} already exists; give another --out")
     if options.builtin:
-        check_eval_text(text)
+        check_eval_text(text, config, split, field)
     loaded = load_tasks(
         [task for task in options.tasks if task not in TASKS],
         known=TASKS,

@@ -52,7 +52,7 @@ from starkv_core.data.packing import pack, plant
 from starkv_core.errors import RunFailure, UserError
 from starkv_core.factors import TrainedFactors, TrainedLayer
 from starkv_core.gate import opened
-from starkv_core.models.load import LoadedModel, load
+from starkv_core.models.load import LoadedModel, load, vocabulary_sha256
 from starkv_core.models.spec import ModelSpec
 from starkv_core.progress import SILENT, Progress
 from starkv_core.provenance import git_commit, versions
@@ -282,6 +282,7 @@ def run_calibration(
                 "name": None if recipe.model.name is None else str(recipe.model.name),
                 "revision": recipe.model.revision,
                 "fingerprint": loaded.fingerprint,
+                "vocabulary": vocabulary_sha256(loaded.tokenizer),
                 "dtype": str(loaded.dtype).removeprefix("torch."),
             }
             with new_run_dir(run_dir) as folder:

@@ -112,7 +112,8 @@ def _rows(loader: str, source: str, **options: Any) -> Iterator[Mapping[str, Any
     try:
         yield from datasets.load_dataset(loader, streaming=True, **options)
     except Exception as error:  # the readers below it have no common base of errors
-        raise UserError(f"{source}: cannot be read: {_first_line(error)}") from error
+        hint = "; without the hub, give a .txt, .jsonl or .parquet file" if loader == source else ""
+        raise UserError(f"{source}: cannot be read: {_first_line(error)}{hint}") from error
 
 
 def _first_line(error: BaseException) -> str:

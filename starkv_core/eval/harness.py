@@ -22,7 +22,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from starkv_core.engine import Sampler, end_tokens, stream
+from starkv_core.engine import Sampler, check_ids, end_tokens, stream
 from starkv_core.errors import UserError
 from starkv_core.eval.batching import Batches
 from starkv_core.eval.deployed import CacheBytes, measure, refuse_not_finite, watched
@@ -102,7 +102,16 @@ class SubjectLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """The token that ends a text.
+
+        Raises:
+            UserError: the tokenizer has none.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{self.subject.name}: its tokenizer has no end token, which texts are separated "
+                "with; name one as eos_token in its tokenizer_config.json"
+            )
         return int(self.tokenizer.eos_token_id)
 
     @property
@@ -123,11 +132,7 @@ class SubjectLM(TemplateLM):
             begin = self.tokenizer.decode([self.prefix_token_id])
             add_special_tokens = self.add_bos and not string.startswith(begin)
         ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
-        if ids and max(ids) >= self.subject.spec.vocab:
-            raise UserError(
-                f"{self.subject.name}: its tokenizer makes token {max(ids)}, the model knows "
-                f"{self.subject.spec.vocab}: it belongs to another model"
-            )
+        check_ids(self.subject, ids)
         return list(ids)
 
     def loglikelihood(

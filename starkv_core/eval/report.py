@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from starkv_core.artifacts import SCHEMA, write_json_atomic
 from starkv_core.budget import mean_bits, paper_rate
-from starkv_core.engine import check_context
+from starkv_core.engine import check_context, check_ids
 from starkv_core.errors import UserError
 from starkv_core.eval.builtin import (
     PERPLEXITY,
@@ -184,6 +184,11 @@ def evaluate(
     missing = [f"task {name!r} is not loaded" for name in options.tasks if name not in given]
     if missing:
         raise UserError.many("eval", missing)
+    if subject.run_dir is not None and not subject.compressed:
+        raise UserError(
+            f"{subject.name}: all of its layers are dense, none is compressed; give some of them "
+            "ranks (ranks.yaml, then calibrate --export), or evaluate its base model"
+        )
     text, windows, builtin = _material(subject, options)
     subjects = {"compressed": subject} if subject.compressed else {}
     if not subject.compressed or options.dense:
@@ -228,6 +233,7 @@ def _material(
         split=options.split,
         field=options.field,
     )
+    check_ids(subject, text.ids)
     windows: Windows | None = None
     tasks = []
     if PERPLEXITY in options.tasks:

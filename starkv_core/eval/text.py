@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from starkv_core.artifacts import read_text
-from starkv_core.data.corpus import check_source, check_text_file, documents
+from starkv_core.data.corpus import check_text_file, documents
 from starkv_core.errors import UserError
 
 BUILTIN = "builtin"
@@ -51,16 +51,22 @@ def is_endless(source: str) -> bool:
     return source != BUILTIN and not Path(source).exists()
 
 
-def check_eval_text(source: str) -> None:
-    """Whether ``source`` can be read at all, told before a model is loaded; a hub is not asked.
+def check_eval_text(
+    source: str, config: str | None = None, split: str = "test", field: str = "text"
+) -> None:
+    """Whether ``source`` can be read at all, told before a model is loaded.
+
+    Args:
+        source, config, split, field: as :func:`read_eval_text` has them. The first document of a
+            hub data set is fetched.
 
     Raises:
-        UserError: missing, empty or not UTF-8.
+        UserError: missing, empty or not UTF-8, no such field, or a hub out of reach.
     """
     if _is_plain(source):
         check_text_file(Path(source))
     elif source != BUILTIN:
-        check_source(source)
+        next(documents(source, config, split, field))
 
 
 def _is_plain(source: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,13 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
+def vocabulary_sha256(tokenizer: Any) -> str:
+    """Hash of a tokenizer's vocabulary; tokens added to it later (padding, roles) do not count."""
+    added = tokenizer.get_added_vocab()
+    vocabulary = {k: v for k, v in tokenizer.get_vocab().items() if k not in added}
+    return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
+
+
 def load(
     name: str | None,
     *,
@@ -98,7 +106,8 @@ def load(
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        UserError: nothing there, an unsupported architecture, pickled weights.
+        UserError: nothing there, an unsupported architecture, pickled weights, a tokenizer of
+            another model.
     """
     if device is not None and device_map is not None:
         raise UserError("device and device_map exclude each other; give one of them")
@@ -106,7 +115,8 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, label, common = _source(name, revision)
-    family = family_of(_config(source, label, common), label)
+    config = _config(source, label, common)
+    family = family_of(config, label)
     if device_map is None:
         target = pick_device(device)
         on_cpu = target.type == "cpu"
@@ -121,6 +131,9 @@ def load(
         raise UserError(f"dtype {dtype!r}: use auto, {', '.join(_DTYPES)}")
 
     try:
+        # Before the weights: it is read in no time, and may not fit.
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        _check_vocabulary(tokenizer, config.vocab_size, label)
         with _without_bars():
             model, report = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -131,7 +144,6 @@ def load(
                 output_loading_info=True,
                 **common,
             )
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(
             f"{label}: cannot load it (safetensors weights and a tokenizer are needed): "
@@ -150,6 +162,15 @@ def load(
             "use a device_map that keeps every layer on a GPU"
         )
     return prepare(model, tokenizer, label, family)
+
+
+def _check_vocabulary(tokenizer: Any, known: int, label: str) -> None:
+    """Refuse a tokenizer with tokens past the embedding; added ones may never be used."""
+    if tokenizer.vocab_size > known:
+        raise UserError(
+            f"{label}: its tokenizer has {tokenizer.vocab_size} tokens, the model knows {known}: "
+            "it belongs to another model; put the model's own tokenizer files beside its weights"
+        )
 
 
 def pick_device(name: str | None) -> torch.device:
