@@ -66,22 +66,23 @@ def test_whitened_spectra_in_the_default_folder(
     assert (tmp_path / "runs" / "spectra-model-whitened" / "spectra.safetensors").is_file()
 
 
-def test_ranks(on_disk: OnDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figure = tmp_path / "ranks.png"
-    assert starkv("analyze", "ranks", on_disk.run, "--out", figure, "--json") == 0
+    assert starkv("analyze", "ranks", run, "--out", figure, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    layers = read_yaml(on_disk.run / "ranks.yaml")["layers"]
+    layers = read_yaml(run / "ranks.yaml")["layers"]
     assert [layer["keys"] for layer in found["layers"]] == [layer["keys"] for layer in layers]
     stored = [layer["bytes_per_token"] for layer in found["layers"]]
     assert sum(stored) == found["bytes_per_token"] <= 96
     assert found["dense_bytes_per_token"] == 192
     assert found["cache_ratio"] == pytest.approx(192 / sum(stored))
     assert figure.read_bytes().startswith(b"\x89PNG")
-    assert starkv("analyze", "ranks", on_disk.run) == 0
+    assert not (run / "figures").exists()
+    assert starkv("analyze", "ranks", run) == 0
     printed = capsys.readouterr()
-    assert (on_disk.run / "figures" / "ranks.png").is_file()
+    assert (run / "figures" / "ranks.png").is_file()
     assert f"cache ratio {found['cache_ratio']:.2f}" in printed.out
-    assert starkv("analyze", "ranks", on_disk.run, "--out", figure) == 2
+    assert starkv("analyze", "ranks", run, "--out", figure) == 2
 
 
 def test_ranks_wants_a_run(on_disk: OnDisk, capsys: pytest.CaptureFixture[str]) -> None:

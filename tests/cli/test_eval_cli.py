@@ -43,10 +43,10 @@ def record(report: dict[str, Any], task: str, subject: str, path: str | None = N
 
 
 def test_run_beside_its_dense_model(
-    on_disk: OnDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    on_disk: OnDisk, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    done = starkv("eval", on_disk.run, *SMALL, "--text", on_disk.text, "--out", out)
+    done = starkv("eval", run, *SMALL, "--text", on_disk.text, "--out", out)
     printed = capsys.readouterr()
     assert done == 0, printed.err
     table = {
@@ -79,10 +79,10 @@ def test_run_beside_its_dense_model(
 
 
 def test_modes_agree_on_the_deployed_path(
-    on_disk: OnDisk, capsys: pytest.CaptureFixture[str]
+    on_disk: OnDisk, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["--tasks", "perplexity", "--window", "64", "--windows", "3", "--mode", "both"]
-    assert starkv("eval", on_disk.run, *args, "--text", on_disk.text, "--json") == 0
+    assert starkv("eval", run, *args, "--text", on_disk.text, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     one, other = (
         record(report, "perplexity", "compressed", path) for path in ("prefill", "decode")
@@ -92,7 +92,7 @@ def test_modes_agree_on_the_deployed_path(
 
 
 def test_results_of_one_second_do_not_replace_each_other(
-    on_disk: OnDisk, monkeypatch: pytest.MonkeyPatch
+    on_disk: OnDisk, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import starkv_cli.commands.eval as command
 
@@ -104,19 +104,18 @@ def test_results_of_one_second_do_not_replace_each_other(
     monkeypatch.setattr(command, "datetime", Frozen)
     args = ["--tasks", "perplexity", "--window", 32, "--windows", 1, "--no-dense"]
     for _ in range(3):
-        assert starkv("eval", on_disk.run, *args, "--text", on_disk.text) == 0
-    names = {path.name for path in on_disk.run.glob("results/eval-2030*.json")}
+        assert starkv("eval", run, *args, "--text", on_disk.text) == 0
+    names = {path.name for path in run.glob("results/eval-*")}
     assert names == {f"eval-20300102T030405Z{tail}.json" for tail in ("", "-2", "-3")}
 
 
-def test_results_land_in_the_run(on_disk: OnDisk, capsys: pytest.CaptureFixture[str]) -> None:
-    before = set(on_disk.run.rglob("eval-*"))
-    done = starkv(
-        "eval", on_disk.run, *SMALL, "--tasks", "passkey", "--text", on_disk.text, "--no-dense"
-    )
+def test_results_land_in_the_run(
+    on_disk: OnDisk, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = starkv("eval", run, *SMALL, "--tasks", "passkey", "--text", on_disk.text, "--no-dense")
     printed = capsys.readouterr()
     assert done == 0, printed.err
-    figure, report = sorted(set(on_disk.run.rglob("eval-*")) - before)
+    figure, report = sorted(run.rglob("eval-*"))
     assert (figure.parent.name, report.parent.name) == ("figures", "results")
     assert (figure.suffix, report.suffix) == (".png", ".json")
     assert report.stem == figure.stem
@@ -181,11 +180,11 @@ def test_unusable_text(
 
 
 def test_runs_side_by_side(
-    on_disk: OnDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    on_disk: OnDisk, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "both"
     args = ["--tasks", "perplexity", "--window", 64, "--windows", 2, "--text", on_disk.text]
-    assert starkv("eval", on_disk.run, *args, "--out", first) == 0
+    assert starkv("eval", run, *args, "--out", first) == 0
     assert starkv("eval", on_disk.model, *args, "--out", second) == 0
     capsys.readouterr()
     assert starkv("eval", "--compare", first, second, "--out", out, "--json") == 0

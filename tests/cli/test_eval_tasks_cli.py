@@ -50,11 +50,16 @@ class TestWithHarness:
         pytest.importorskip("lm_eval", reason="lm-eval is not installed (starkv[eval])")
 
     def test_beside_the_built_in_tasks(
-        self, on_disk: OnDisk, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self,
+        on_disk: OnDisk,
+        run: Path,
+        data: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         args = ["--tasks", "perplexity,zero-shot", "--windows", 1, "--window", 64]
         args += ["--data", data, "--limit", 2, "--text", on_disk.text, "--out", tmp_path / "out"]
-        assert starkv("eval", on_disk.run, *args) == 0
+        assert starkv("eval", run, *args) == 0
         printed = capsys.readouterr()
         assert "piqa, acc (prefill, n 2)" in printed.out
         assert "zero-shot, mean" in printed.out
@@ -68,7 +73,7 @@ class TestWithHarness:
         }
         assert all(len(hashes) == 1 for hashes in runs.values())
         assert runs["dense"] != runs["compressed"]
-        for (subject, task), record in found.items():
+        for (_, task), record in found.items():
             assert record["path"] == "prefill"
             assert record["versions"]["torch"]
             assert len(record["data"]["sha256"]) == 64
@@ -95,13 +100,13 @@ class TestWithHarness:
         assert whole["difference"]["paired"]
 
     def test_both_paths(
-        self, on_disk: OnDisk, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         reports = []
         for path in ([], ["--decode-path"]):
             out = tmp_path / f"out{len(path)}"
             args = ["--tasks", "arc_easy", "--data", data, "--no-dense", "--out", out, *path]
-            assert starkv("eval", on_disk.run, *args, "--json") == 0
+            assert starkv("eval", run, *args, "--json") == 0
             reports.append(json.loads(capsys.readouterr().out))
         records = [report["results"][0] for report in reports]
         assert [record["path"] for record in records] == ["prefill", "decode"]
@@ -138,14 +143,14 @@ class TestWithHarness:
         asked[:] = [0, 0]
         assert starkv(*args) == 0
         assert asked[2:] == [2 * len(ROWS["hellaswag"])]
-        assert "piqa (dense)" in capsys.readouterr().err
+        assert "piqa (dense, prefill)" in capsys.readouterr().err
         report = json.loads((out / "eval.json").read_text())
         assert [record["task"] for record in report["results"]] == ["piqa", "hellaswag"]
         assert starkv(*args) == 2
         assert "already exists" in capsys.readouterr().err
 
     def test_task_files_of_ones_own(
-        self, on_disk: OnDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         folder = tmp_path / "own"
         folder.mkdir()
@@ -164,7 +169,7 @@ class TestWithHarness:
             "metric_list: [{metric: exact_match}]\n"
         )
         args = ["--tasks", "mine", "--include-path", folder, "--no-dense", "--json"]
-        assert starkv("eval", on_disk.run, *args) == 0
+        assert starkv("eval", run, *args) == 0
         (record,) = json.loads(capsys.readouterr().out)["results"]
         assert (record["task"], record["path"], record["n"]) == ("mine", "decode", 2)
         assert record["metrics"][0]["name"] == "exact_match"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ def test_tables_and_the_next_step(on_disk: OnDisk, tmp_path: Path, capsys: Any) 
     for words in ("bytes per token, predicted", "bytes per token, measured", "cache ratio",
                   "mean bits", "KL to 16-bit latents", "bits, keys", "bits, values"):  # fmt: skip
         assert words in stdout
-    assert f"starkv eval {out} --mode token" in stderr
+    assert f"starkv eval {shlex.quote(str(out))} --mode token" in stderr
     assert {"quant.yaml", "quant.safetensors"} <= {p.name for p in out.iterdir()}
 
 
