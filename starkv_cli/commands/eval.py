@@ -57,8 +57,12 @@ def evaluate(
         typer.Option(help="Most windows. Default: all of a file, 32 of builtin, 64 of the hub."),
     ] = None,
     mode: Annotated[
-        str, typer.Option(help="Of perplexity: prefill, token (by token) or both.")
-    ] = "prefill",
+        str | None,
+        typer.Option(
+            help="Of perplexity: prefill, token (by token) or both. Default: prefill, with --cache "
+            "token."
+        ),
+    ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
@@ -97,6 +101,15 @@ def evaluate(
         bool,
         typer.Option("--add-bos", help="Begin texts of lm-eval tasks as the tokenizer would."),
     ] = False,
+    cache: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Baselines, each a column of its own, with commas: kivi-2, kivi-4, rtn-2, rtn-4, "
+            "rtn-8; h2o-0.2, streaming-0.2 keep that share of the tokens seen, h2o-256, "
+            "streaming-256 so many tokens, of RUN's latents or of MODEL's keys and values.",
+        ),
+    ] = "",
     model: BaseModel = None,
     device: Device = None,
     device_map: DeviceMap = None,
@@ -130,6 +143,8 @@ def evaluate(
         raise UserError(f"{len(subjects)} runs to evaluate; name one, or compare with --compare")
     subject = subjects[0] if subjects else None
 
+    from starkv_core.baselines import check_caches
+    from starkv_core.eval.builtin import PERPLEXITY
     from starkv_core.eval.perplexity import MODES
     from starkv_core.eval.records import Kept, holds_only_records
     from starkv_core.eval.report import LENGTHS, TASKS, EvalOptions
@@ -139,6 +154,8 @@ def evaluate(
     from starkv_core.eval.text import check_eval_text
     from starkv_core.run import open_subject
 
+    caches = _names(cache)
+    mode = mode or ("token" if caches else "prefill")
     options = EvalOptions(
         tasks=_names(tasks),
         text=text,
@@ -157,7 +174,9 @@ def evaluate(
         limit=limit,
         decode_path=decode_path,
         add_bos=add_bos,
+        caches=caches,
     )
+    check_caches(caches, subject)
     if out is not None and out.exists() and not holds_only_records(out):
         raise UserError(f"{out} already exists; give another --out")
     if options.builtin:
@@ -178,6 +197,8 @@ def evaluate(
         model=model,
         backend=backend,
     )
+    if caches and PERPLEXITY in options.tasks:
+        note("--cache: perplexity is read token by token, one pass never reads what a cache keeps")
     kept = Kept(out if opened.run_dir is None else opened.run_dir / "results")
     try:
         report = run(opened, options, progress(), loaded, kept)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starkv_core.artifacts import SCHEMA, write_json_atomic
+from starkv_core.baselines import with_cache
 from starkv_core.budget import mean_bits, paper_rate
 from starkv_core.engine import check_context, check_ids
 from starkv_core.errors import UserError
@@ -43,6 +44,7 @@ BUILTIN_WINDOWS = 32  # unless more are asked for: a minute on two cores
 HUB_WINDOWS = 64  # unless more are asked for: a hub data set may be endless
 LENGTHS = (256, 512, 1024)  # of retrieval, unless others are asked for
 BATCH = 4  # windows or prompts, unless asked for
+_UNREAD = "for one pass never reads what such a cache keeps"
 _PROBE = 1024  # tokens in a cache whose bytes no other result tells
 
 
@@ -64,6 +66,7 @@ class EvalOptions:
         limit: rows of each task of lm-eval; None takes all.
         decode_path: whether log-likelihoods are made token by token through the cache.
         add_bos: whether the tokenizer puts its special tokens around the texts of these tasks.
+        caches: baselines (:mod:`starkv_core.baselines`) that the subject is evaluated with too.
     """
 
     tasks: tuple[str, ...] = DEFAULT_TASKS
@@ -83,6 +86,7 @@ class EvalOptions:
     limit: int | None = None
     decode_path: bool = False
     add_bos: bool = False
+    caches: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         known = ", ".join(MODES)
@@ -102,6 +106,12 @@ class EvalOptions:
         ]
         if self.window < 2:
             faults.append(f"window {self.window}: at least 2 tokens are needed to predict one")
+        if self.caches and PERPLEXITY in self.tasks and "prefill" in self.modes:
+            faults.append(f"{', '.join(self.caches)}: perplexity needs --mode token, {_UNREAD}")
+        if self.caches and not self.decode_path and self.builtin != self.tasks:
+            faults.append(
+                f"{', '.join(self.caches)}: tasks of lm-eval need --decode-path, {_UNREAD}"
+            )
         if faults:
             raise UserError.many("eval", faults)
 
@@ -117,7 +127,7 @@ class Report:
 
     Attributes:
         document: all of it, for JSON.
-        columns: of the one table, by name: ``dense``, ``compressed`` or both.
+        columns: of the one table, by name: ``dense``, ``compressed`` or both, and those of caches.
         records: every finished task of every column.
     """
 
@@ -193,6 +203,9 @@ def evaluate(
     subjects = {"compressed": subject} if subject.compressed else {}
     if not subject.compressed or options.dense:
         subjects = {"dense": dense_of(subject), **subjects}
+    for cache in options.caches:
+        column = f"compressed + {cache}" if subject.compressed else cache
+        subjects[column] = with_cache(subject, cache)
     columns: dict[str, Column] = {}
     records: list[Record] = []
     for name, one in subjects.items():
