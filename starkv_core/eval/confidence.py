@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from statistics import stdev
+from statistics import stdev, variance
 
 from starkv_core.eval.records import Metric, Record
 
@@ -39,10 +39,12 @@ class Figure:
 
 def figures_of(record: Record) -> dict[str, Figure]:
     """Figures of a record by their metric's name."""
-    return {
-        m.name: Figure(m, record.n, ((m.slope, record.values(m)),) if m.rows else ())
-        for m in record.metrics
-    }
+    found = {}
+    for metric in record.metrics:
+        values = record.values(metric)
+        parts = ((metric.slope, values),) if values else ()
+        found[metric.name] = Figure(metric, len(values) or record.n, parts)
+    return found
 
 
 def mean_of(figures: Sequence[Figure]) -> Figure:
@@ -85,41 +87,48 @@ def difference(figure: Figure, reference: Figure) -> Difference | None:
     value = one.value - other.value
     sizes = [len(values) for _, values in figure.parts]
     if sizes and min(sizes) > 1 and sizes == [len(values) for _, values in reference.parts]:
-        error = math.sqrt(
-            sum(
-                _paired_variance(*mine, *theirs)
-                for mine, theirs in zip(figure.parts, reference.parts, strict=True)
-            )
-        )
-        return Difference(value, student_95(sum(sizes) - len(sizes)) * error, True)
+        parts = zip(figure.parts, reference.parts, strict=True)
+        variances, freedoms = zip(*(_paired(*mine, *theirs) for mine, theirs in parts), strict=True)
+        half = student_95(sum(freedoms)) * math.sqrt(sum(variances))
+        return Difference(value, half, True)
     if one.stderr is None or other.stderr is None or figure.n < 2:
         return Difference(value, None, False)
     half = student_95(figure.n - 1) * math.hypot(one.stderr, other.stderr)
     return Difference(value, half, False)
 
 
-def _paired_variance(
+def _paired(
     weight: float, values: Sequence[float], other_weight: float, others: Sequence[float]
-) -> float:
-    """Variance of the difference of two weighted means of the same rows.
-
-    Of rows right or wrong: Agresti and Min's (2005), half a row more in each of the four cells, for
-    a run that errs nowhere the other does not is still not known to be the same.
-    """
-    n = len(values)
+) -> tuple[float, int]:
+    """Variance of the difference of two weighted means of the same rows, and degrees of freedom."""
     if weight == other_weight and {*values, *others} <= {0.0, 1.0}:
-        gained = sum(a > b for a, b in zip(values, others, strict=True)) + 0.5
-        lost = sum(a < b for a, b in zip(values, others, strict=True)) + 0.5
-        share = (gained - lost) / (n + 2)
-        return weight**2 * ((gained + lost) / (n + 2) - share**2) / (n + 2)
+        return weight**2 * _variance_of_shares(values, others), 0
     pairs = zip(values, others, strict=True)
-    return stdev(weight * a - other_weight * b for a, b in pairs) ** 2 / n
+    deltas = [weight * a - other_weight * b for a, b in pairs]
+    return variance(deltas) / len(deltas), len(deltas) - 1
+
+
+def _variance_of_shares(right: Sequence[float], others: Sequence[float]) -> float:
+    """Variance of the difference of two shares of the same rows, each row right (1) or wrong (0).
+
+    Agresti and Min (2005): half a row more in each of the four cells, for a run that errs nowhere
+    the other does not is still not known to be the same.
+    """
+    n = len(right) + 2
+    gained = sum(a > b for a, b in zip(right, others, strict=True)) + 0.5
+    lost = sum(a < b for a, b in zip(right, others, strict=True)) + 0.5
+    return ((gained + lost) / n - ((gained - lost) / n) ** 2) / n
 
 
 @cache
 def student_95(freedom: int) -> float:
-    """Half of the interval that holds 95% of Student's t with ``freedom`` degrees, 1 or more."""
+    """Half of the interval that holds 95% of Student's t; of the normal with 0 degrees.
+
+    Shares have no variance to estimate beside their mean, and so no degrees.
+    """
     z = 1.959963985
+    if freedom == 0:
+        return z
     if freedom > _MANY:
         return z + (z**3 + z) / (4 * freedom)
     low, high = z, 13.0
@@ -150,17 +159,21 @@ def shown(metric: Metric, change: Difference | None = None) -> str:
     """A figure for people: shares in percent, its standard error, the change in brackets."""
     if metric.value is None:
         return "infinite"
-    share = metric.name.startswith(("acc", "exact_match", "mean")) and 0 <= metric.value <= 1
+    share = is_share(metric)
     scale, digits, unit = (100.0, ".1f", "%") if share else (1.0, ".4g", "")
-    text = f"{scale * metric.value:{digits}}{unit}{_error(metric.stderr, share)}"
+    text = f"{scale * metric.value:{digits}}{unit}"
+    if metric.stderr is not None:
+        text += f" ± {100 * metric.stderr:.1f}" if share else f" ± {metric.stderr:.2g}"
     if change is None:
         return text
-    known = change.half is not None and not change.paired
-    behind = _error(change.half, share) + (" unpaired" if known else "")
-    return f"{text} ({scale * change.value:{'+.1f' if share else '+.3g'}}{behind})"
+    if change.half is None:
+        return f"{text} ({scale * change.value:{'+.1f' if share else '+.3g'}})"
+    places = 1 if share else max(0, 1 - math.floor(math.log10(change.half or 0.1)))
+    behind = "" if change.paired else " unpaired"
+    return f"{text} ({scale * change.value:+.{places}f} ± {scale * change.half:.{places}f}{behind})"
 
 
-def _error(error: float | None, share: bool) -> str:
-    if error is None:
-        return ""
-    return f" ± {100 * error:.1f}" if share else f" ± {error:.2g}"
+def is_share(metric: Metric) -> bool:
+    """Whether a figure is a share of rows, from 0 to 1."""
+    named = metric.name.startswith(("acc", "exact_match", "mean"))
+    return named and metric.value is not None and 0 <= metric.value <= 1

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starkv_core.errors import UserError
+from starkv_core.eval.confidence import is_share
 from starkv_core.eval.retrieval import TITLES, RetrievalResult
 from starkv_core.eval.table import Column, Row, all_rows, change
 from starkv_core.eval.taskset import PROTOCOL
@@ -70,7 +71,7 @@ def comparison_figure(columns: Sequence[Column], path: Path) -> None:
     """Write a PNG: the main figure of each task that two columns share, against cache bytes.
 
     The first column is a dashed line through its point. Bars are 95% intervals of the difference
-    from it where that is known, and of the figure itself where it has none of that row.
+    from it, where that is known.
 
     Raises:
         UserError: no task is in two columns.
@@ -93,12 +94,14 @@ def comparison_figure(columns: Sequence[Column], path: Path) -> None:
         for ax in axes[: len(rows)]
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
-    named = [c.label for c in columns if c.label in drawn]
+    named = [c for c in columns if c.label in drawn]
     figure.legend(
-        [drawn[name] for name in named],
-        named,
+        [drawn[c.label] for c in named],
+        [f"{c.label} (ratio {c.cache.ratio:.2f})" for c in named],
+        title=f"dashed: {columns[0].label}; bars: 95% intervals of the difference from it",
+        title_fontsize=8,
         loc="outside lower center",
-        ncols=min(3, len(named)),
+        ncols=min(2 * across, len(named)),
         fontsize=8,
         frameon=False,
     )
@@ -119,18 +122,21 @@ def _main_rows(columns: Sequence[Column]) -> list[Row]:
 
 def _panel(ax: Axes, row: Row, columns: Sequence[Column]) -> None:
     reference = columns[0]
+    share = all(is_share(c.figures[row].metric) for c in columns if row in c.figures)
     for i, column in enumerate(columns):
         figure = column.figures.get(row)
         if figure is None or figure.metric.value is None:
             continue
+        value = figure.metric.value
         delta = change(row, column, reference)
         half = 0.0 if delta is None or delta.half is None else delta.half
+        down, up = (min(half, value), min(half, 1.0 - value)) if share else (half, half)
         if column is reference:
-            ax.axhline(figure.metric.value, color="0.4", linestyle="--", linewidth=1, zorder=1)
+            ax.axhline(value, color="0.4", linestyle="--", linewidth=1, zorder=1)
         ax.errorbar(
             column.cache.per_token,
-            figure.metric.value,
-            yerr=half or None,
+            value,
+            yerr=[[down], [up]] if half else None,
             color="0.25" if column is reference else f"C{i % _COLOURS}",
             marker="*" if column is reference else _MARKERS[i // _COLOURS % len(_MARKERS)],
             markersize=9 if column is reference else 6,
@@ -146,18 +152,19 @@ def _panel(ax: Axes, row: Row, columns: Sequence[Column]) -> None:
     ax.tick_params(labelsize=8)
     ax.grid(alpha=0.25)
     ax.margins(x=0.12, y=0.15)
+    if share:
+        ax.set_ylim(-0.04, 1.04)
+        ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
 
 
 def _bytes_axis(ax: Axes, held: Sequence[float]) -> None:
     """Powers of two where the caches are of different orders."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     if max(held) > 2 * min(held):
         ax.set_xscale("log", base=2)
+        between = (1.0, 1.5) if max(held) < 8 * min(held) else (1.0,)
+        ax.xaxis.set_major_locator(LogLocator(2, between))
         ax.xaxis.set_minor_locator(NullLocator())
-
-    def whole(value: float, position: Any) -> str:
-        return f"{value:,.0f}"
-
-    ax.xaxis.set_major_formatter(FuncFormatter(whole))
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     ax.set_xlabel("cache bytes per token, whole cache", fontsize=8)

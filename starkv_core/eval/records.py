@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from starkv_core.run import Subject
 
 _PREFIX = "task-"
-_HOW = ("backend", "device", "cache")  # options that say how a figure was computed, not what was asked
+_HOW = ("backend", "device", "cache")  # how a figure was computed, not what was asked
 
 Rows = str | Sequence[float]
 """A number for each row asked, in order; a string of 0 and 1 where there are no others."""

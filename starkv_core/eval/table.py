@@ -23,7 +23,8 @@ class Row:
     """What a figure is of; only figures of the same row can be compared.
 
     Attributes:
-        task, metric, path, n: as :class:`.records.Record` has them.
+        task, metric, path: as :class:`.records.Record` has them.
+        n: rows of the figure.
         asked: :attr:`.records.Record.asked`.
         window: tokens in a window of perplexity.
     """
@@ -63,7 +64,7 @@ class Column:
         """Take the figures of a record, in place of those of the same rows."""
         for name, figure in figures_of(record).items():
             window = record.options.get("window")
-            row = Row(record.task, name, record.path, record.n, record.asked, window)
+            row = Row(record.task, name, record.path, figure.n, record.asked, window)
             self.figures[row] = figure
 
     def add_means(self, groups: Mapping[str, Sequence[str]]) -> None:

@@ -91,7 +91,7 @@ def test_right_and_wrong_rows_are_paired() -> None:
     assert found is not None and found.paired
     assert found.value == 0.0
     # Agresti and Min (2005): 10 gained, 10 lost, half a row more each, two rows more in all
-    assert found.half == pytest.approx(student_95(99) * math.sqrt(21 / 102) / math.sqrt(102))
+    assert found.half == pytest.approx(1.959964 * math.sqrt(21 / 102 / 102))
     same = difference(accuracy("1" * 30), accuracy("1" * 30))
     assert same is not None and same.half is not None
     assert 0.04 < same.half < 0.08  # nothing seen in 30 rows is not nothing
@@ -127,9 +127,14 @@ def test_a_mean_of_tasks_is_paired_task_by_task() -> None:
     found = difference(*(mean_of(run) for run in tasks))
     assert found is not None and found.paired and found.half is not None
     halves = [difference(a, b) for a, b in zip(*tasks, strict=True)]
-    errors = [
-        h.half / student_95(n - 1)
-        for h, n in zip(halves, sizes, strict=True)
-        if h is not None and h.half is not None
-    ]
-    assert found.half == pytest.approx(student_95(128) * math.hypot(*errors) / 2)
+    known = [h.half for h in halves if h is not None and h.half is not None]
+    assert found.half == pytest.approx(math.hypot(*known) / 2)
+
+
+def test_digits_end_where_the_interval_does() -> None:
+    ours, theirs = ([value + shift for value in (3.0, 3.2, 2.9, 3.1)] for shift in (0.011, 0.0))
+    found = difference(ppl(ours), ppl(theirs))
+    assert found is not None and found.half is not None
+    assert 0.01 < found.half < 0.1
+    text = f"({found.value:+.3f} ± {found.half:.3f})"
+    assert shown(ppl(ours).metric, found).endswith(text)
