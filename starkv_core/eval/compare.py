@@ -54,7 +54,7 @@ def compare(sources: Sequence[str]) -> Comparison:
     dense: dict[str, Column] = {}
     runs: list[Column] = []
     groups: dict[str, list[str]] = {}
-    for source in sources:
+    for source in dict.fromkeys(sources):
         for name, column in _columns(Path(source), groups).items():
             if name != _DENSE:
                 runs.append(column)

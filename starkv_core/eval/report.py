@@ -219,9 +219,9 @@ def evaluate(
     document["results"] = [record.to_dict() for record in records]
     document["groups"] = {group: list(members) for group, members in tasks.groups.items()}
     reference = next(iter(columns.values()))
-    for name, column in columns.items():
-        figures = figures_json(column, reference)
-        document[name] = {"cache": column.cache.to_dict(), "figures": figures}
+    for name, made in columns.items():
+        figures = figures_json(made, reference)
+        document[name] = {"cache": made.cache.to_dict(), "figures": figures}
     document["seconds"] = round(time.perf_counter() - started, 1)
     return Report(document, columns, tuple(records))
 
