@@ -27,6 +27,7 @@ from starkv_core.errors import UserError
 from starkv_core.eval.batching import Batches
 from starkv_core.eval.deployed import CacheBytes, measure, refuse_not_finite, watched
 from starkv_core.eval.likelihood import Path, Request, Score, score
+from starkv_core.eval.longbench import without_middle
 from starkv_core.eval.records import About, Kept, Metric, Record, packed
 from starkv_core.eval.taskset import HarnessTask, quiet
 from starkv_core.progress import SILENT, Progress
@@ -64,7 +65,7 @@ class SubjectLM(TemplateLM):
 
     Attributes:
         paths: how the answers were made so far, ``prefill`` or ``decode``.
-        cut: requests whose context lost tokens on the left, to fit the model's.
+        cut: requests whose context lost tokens, to fit the model's.
         cache: bytes of the longest cache so far.
 
     Args:
@@ -72,6 +73,7 @@ class SubjectLM(TemplateLM):
         path: of log-likelihoods.
         batch: requests at a time; None finds out what fits.
         add_bos: whether the tokenizer puts its special tokens around a text.
+        middle: whether a prompt too long to generate from loses its middle, not its beginning.
         what: the task, for progress.
         progress: a bar for each kind of request.
     """
@@ -83,11 +85,13 @@ class SubjectLM(TemplateLM):
         path: Path = "prefill",
         batch: int | None = None,
         add_bos: bool = False,
+        middle: bool = False,
         what: str = "requests",
         progress: Progress = SILENT,
     ) -> None:
         super().__init__()
         self.subject, self.path, self.add_bos = subject, path, add_bos
+        self._fitted = without_middle if middle else _end_of
         self.tokenizer: Any = subject.tokenizer
         self.what, self.progress = what, progress
         self.paths: set[Path] = set()
@@ -219,7 +223,7 @@ class SubjectLM(TemplateLM):
                     task.advance(len(part))
                     return texts
 
-                fed = [prompt[-room:] for prompt in prompts]
+                fed = [self._fitted(prompt, room) for prompt in prompts]
                 found = self._batches.run(
                     fed, len, work, _alike if self.subject.mixes_lengths else len
                 )
@@ -270,6 +274,11 @@ class SubjectLM(TemplateLM):
             self.cache = held
 
 
+def _end_of(prompt: Sequence[int], room: int) -> list[int]:
+    """The last ``room`` tokens, as lm-eval cuts."""
+    return list(prompt[-room:])
+
+
 def _alike(prompt: list[int]) -> int:
     """All prompts can share batches, padded on the left."""
     return 0
@@ -309,13 +318,20 @@ def run_task(
             "add_bos": add_bos,
             "few_shot": task.task.get_config("num_fewshot"),
             "definition_sha256": task.config_sha256,
+            **({"cut": "middle"} if task.middle else {}),
         },
         versions={"lm_eval": version("lm_eval"), "task": task.version},
     )
 
     def run() -> dict[str, Any]:
         lm = SubjectLM(
-            subject, path=path, batch=batch, add_bos=add_bos, what=task.name, progress=progress
+            subject,
+            path=path,
+            batch=batch,
+            add_bos=add_bos,
+            middle=task.middle,
+            what=task.name,
+            progress=progress,
         )
         try:
             with quiet():

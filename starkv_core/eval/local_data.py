@@ -22,13 +22,13 @@ FILES = {
 """The file of each task."""
 
 
-def check_files(data: Path, tasks: list[str]) -> None:
-    """Refuse a folder without the files of ``tasks``.
+def check_files(data: Path, files: dict[str, str]) -> None:
+    """Refuse a folder without the ``files`` of tasks, by task.
 
     Raises:
         UserError: all that are missing.
     """
-    missing = [f"{FILES[t]} (task {t})" for t in tasks if not (data / FILES[t]).is_file()]
+    missing = [f"{file} (task {t})" for t, file in files.items() if not (data / file).is_file()]
     if missing:
         raise UserError.many(f"--data {data}: no such file", missing)
 

@@ -199,6 +199,7 @@ def evaluate(
             f"{subject.name}: all of its layers are dense, none is compressed; give some of them "
             "ranks (ranks.yaml, then calibrate --export), or evaluate its base model"
         )
+    tasks.check_context(subject)
     text, windows, builtin = _material(subject, options)
     subjects = {"compressed": subject} if subject.compressed else {}
     if not subject.compressed or options.dense:

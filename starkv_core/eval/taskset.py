@@ -17,14 +17,19 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starkv_core import embedded
 from starkv_core.artifacts import MANIFEST, read_manifest
+from starkv_core.engine import check_context
 from starkv_core.errors import UserError
+from starkv_core.eval import longbench, ruler
 from starkv_core.eval.local_data import FILES, TASK_FILES, check_files
 from starkv_core.models.load import EMBEDDED_NAME
 from starkv_core.provenance import sha256_file
+
+if TYPE_CHECKING:
+    from starkv_core.run import Subject
 
 ZERO_SHOT = "zero-shot"
 PROTOCOL = {
@@ -56,6 +61,8 @@ class HarnessTask:
         data_sha256: of that file; of the rows themselves where there is none.
         config_sha256: of all that its definition says.
         version: of the task.
+        lengths: of its prompts in tokens, where it was made for lengths (RULER).
+        middle: whether prompts past the model's context lose their middle, not their beginning.
     """
 
     name: str
@@ -64,6 +71,8 @@ class HarnessTask:
     data_sha256: str
     config_sha256: str
     version: Any
+    lengths: tuple[int, ...] = ()
+    middle: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,13 @@ class TaskSet:
 
     tasks: tuple[HarnessTask, ...] = ()
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def check_context(self, subject: Subject) -> None:
+        """Refuse prompts made for lengths past the model's context (UserError)."""
+        for task in self.tasks:
+            for length in task.lengths:
+                what = f"task {task.name}, prompts of {length} tokens (--lengths)"
+                check_context(subject, length, what)
 
 
 def load_tasks(
@@ -88,7 +104,8 @@ def load_tasks(
     Args:
         names: of lm-eval, of ``include_path``, or ``zero-shot``.
         known: other names that could have been meant.
-        data: folder with the files of the six zero-shot tasks; None has lm-eval fetch their rows.
+        data: folder with files of the six zero-shot tasks and of LongBench; None has lm-eval fetch
+            their rows.
         include_path: folder of task files that take precedence.
         tokenizer: folder or hub id, for tasks that size their prompts (RULER).
         lengths: of their prompts in tokens; None is the task's own.
@@ -110,7 +127,7 @@ def load_tasks(
         near = [*known, ZERO_SHOT, *finder.names]
         raise UserError.many("--tasks", [_unknown(name, near, known) for name in unknown])
     if data is not None:
-        check_files(data, [name for name in expanded if finder.is_local(name)])
+        check_files(data, finder.files(expanded))
     tasks: dict[str, HarnessTask] = {}
     groups: dict[str, tuple[str, ...]] = {}
     for name in names:
@@ -175,6 +192,7 @@ class _Finder:
             self._metadata["data"] = str(data)
         if tokenizer is not None:
             self._metadata["tokenizer"] = tokenizer
+        self._lengths = ruler.DEFAULT_LENGTHS if lengths is None else tuple(lengths)
         if lengths is not None:
             self._metadata["max_seq_lengths"] = list(lengths)
         self._own = {} if include_path is None else dict(_scan(include_path))
@@ -190,29 +208,87 @@ class _Finder:
             self._all = {**dict(_scan(Path(lm_eval.tasks.__file__).parent)), **self._own}
         return self._all
 
-    def is_local(self, name: str) -> bool:
-        """Whether the rows of a task come from ``data``."""
-        return self.data is not None and name in FILES and name not in self._own
-
     def knows(self, name: str) -> bool:
         """Whether there is such a task or group."""
-        return self.is_local(name) or name in self._own or name in self.names
+        return self._zero_shot(name) or name in self._own or name in self.names
+
+    def files(self, names: Iterable[str]) -> dict[str, str]:
+        """The files in ``data`` that tasks and groups take their rows from, by task."""
+        found = {}
+        for name in names:
+            members = [name]
+            if not self._zero_shot(name) and name.startswith("longbench"):
+                members = _leaves(self._manager(name).task_index, name)
+            for member in members:
+                file = self._file(member)
+                if file is not None:
+                    found[member] = file
+        return found
+
+    def _zero_shot(self, name: str) -> bool:
+        """Whether a task is one of the package's own."""
+        return self.data is not None and name in FILES and name not in self._own
+
+    def _file(self, task: str) -> str | None:
+        """The file in ``data`` that has the rows of a task."""
+        if self._zero_shot(task):
+            return FILES[task]
+        if self.data is not None and longbench.is_longbench(task) and task not in self._own:
+            return longbench.file_of(task)
+        return None
 
     def load(self, name: str) -> Iterator[HarnessTask]:
         """The tasks that a name stands for."""
         try:
             with quiet():
-                loaded = self._manager(name).load([name])["tasks"]
-        except UserError:
-            raise
+                manager = self._manager(name)
         except Exception as error:
             raise UserError(f"task {name}: {_why(name, error)}") from error
-        for task_name, task in loaded.items():
-            yield self._prepared(task_name, task)
+        leaves = [] if name in self._own else _leaves(manager.task_index, name)
+        parts = leaves if any(map(self._special, leaves)) else [name]
+        found: dict[str, dict[str, Any]] = {}
+        faults: dict[str, str] = {}
+        # Those first that fail without a network; making the prompts of the others takes a while.
+        for part in sorted(parts, key=ruler.needs_nothing):
+            if faults and ruler.needs_nothing(part):
+                continue
+            try:
+                with quiet():
+                    found[part] = self._load(manager, part)
+            except UserError as error:
+                faults[part] = str(error)
+            except Exception as error:
+                faults[part] = _why(part, error)
+        if faults:
+            lines = [f"task {part}: {fault}" for part, fault in faults.items()]
+            raise UserError("\n".join([*lines, *ruler.instead(faults)]))
+        for part in parts:
+            yield from (self._prepared(*item) for item in found[part].items())
+
+    def _special(self, task: str) -> bool:
+        """Whether lm-eval does not get a task's rows all by itself."""
+        return task in ruler.NEEDS or longbench.is_longbench(task) and self._file(task) is not None
+
+    def _load(self, manager: Any, name: str) -> dict[str, Any]:
+        """lm-eval's objects of a task or group, by name of the task."""
+        if not self._special(name):
+            return dict(manager.load([name])["tasks"])
+        path = manager.task_index[name].yaml_path
+        if name in ruler.NEEDS:
+            with ruler.making(name, path, offline=bool(_offline())):
+                ruler.check_lengths(name, self._metadata.get("tokenizer", ""), self._lengths)
+                return dict(manager.load([name])["tasks"])
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        # lm-eval's own definition, functions included; only the rows come from elsewhere.
+        definition = load_yaml(path)
+        definition["custom_dataset"] = longbench.rows
+        definition["dataset_kwargs"] = {"file": longbench.file_of(name)}
+        return dict(manager.load([definition])["tasks"])
 
     def _manager(self, name: str) -> Any:
         """Definitions enough for ``name``: its folder if that has all it refers to, else all."""
-        near = TASK_FILES if self.is_local(name) else self.names[name].parent
+        near = TASK_FILES if self._zero_shot(name) else self.names[name].parent
         found = self._read(near, defaults=False)
         if _complete(found.task_index, name):
             return found
@@ -244,8 +320,11 @@ class _Finder:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)  # lm-eval's default
         definition = {k: v for k, v in task.dump_config().items() if k != "metadata"}
-        if self.is_local(name) and self.data is not None:
-            path = self.data / FILES[name]
+        if name in ruler.NEEDS:
+            ruler.mix_lengths(task)
+        file = self._file(name)
+        if file is not None and self.data is not None:
+            path = self.data / file
             source, digest = str(path), sha256_file(path)
         else:
             source, digest = str(task.get_config("dataset_path") or name), _rows_sha256(task)
@@ -256,6 +335,8 @@ class _Finder:
             digest,
             hashlib.sha256(_canonical(definition)).hexdigest(),
             task.VERSION,
+            self._lengths if name in ruler.NEEDS else (),
+            longbench.is_longbench(name),
         )
 
 
@@ -281,15 +362,39 @@ def _complete(index: Any, name: str) -> bool:
     return all(isinstance(member, str) and _complete(index, member) for member in members)
 
 
+def _leaves(index: Any, name: str) -> list[str]:
+    """The tasks that a name stands for, where all are given by name; else none."""
+    entry = index.get(name)
+    if entry is None:
+        return []
+    members = (entry.cfg or {}).get("task", sorted(entry.tags))
+    if isinstance(members, str):
+        return [name]
+    if not all(isinstance(member, str) for member in members):
+        return []
+    return [leaf for member in members for leaf in _leaves(index, member)]
+
+
+def _offline() -> list[str]:
+    """The variables that forbid the network."""
+    return [name for name in _OFFLINE if os.environ.get(name, "0").upper() in ("1", "TRUE", "ON")]
+
+
 def _why(name: str, error: Exception) -> str:
     """Why a task could not be loaded, and what to do."""
     said = (str(error) or type(error).__name__).splitlines()[0]
+    said = said.replace("`max_seq_lengths`", "--lengths")
     if isinstance(error, ImportError):
         return f"needs a package that is not installed ({said}); pip install 'starkv[eval]'"
-    flags = [name for name in _OFFLINE if os.environ.get(name, "0").upper() in ("1", "TRUE", "ON")]
-    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("httpx", "requests"):
-        offline = f"{flags[0]} is set" if flags else "is the network within reach?"
+    flags = _offline()
+    offline = f"{flags[0]} is set" if flags else "is the network within reach?"
+    unreachable = isinstance(error, OSError)
+    if unreachable or type(error).__module__.split(".")[0] in ("httpx", "requests"):
+        if ruler.NEEDS.get(name):
+            return f"needs {ruler.NEEDS[name]}, which could not be had ({offline})"
         folder = f"; --data takes a folder with {FILES[name]}" if name in FILES else ""
+        if longbench.is_longbench(name):
+            folder = f"; --data takes a folder with {longbench.file_of(name)}"
         return f"its rows are not here and the hub gave none ({offline}): {said}{folder}"
     return f"cannot be loaded: {said}"
 
