@@ -31,7 +31,8 @@ class Policy(ABC):
     @property
     def name(self) -> str:
         """As the user gives it, such as ``h2o-0.2`` or ``h2o-256``."""
-        return f"{self.method}-{float(self.keep):g}"
+        whole = self.keep.denominator == 1
+        return f"{self.method}-{self.keep if whole else float(self.keep)}"
 
     def budget(self, seen: int) -> int:
         """Most tokens that stay of a row that has seen ``seen``."""
