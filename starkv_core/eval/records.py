@@ -140,9 +140,14 @@ def run_hash(subject: Subject) -> str:
     )
 
 
+def canonical(value: Any) -> bytes:
+    """A value as JSON that equal values share."""
+    return json.dumps(value, sort_keys=True, default=str).encode()
+
+
 def canonical_hash(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    """SHA-256 of :func:`canonical`."""
+    return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def _rows_hash(data: Mapping[str, str]) -> str:

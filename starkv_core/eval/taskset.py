@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ from starkv_core.engine import check_context
 from starkv_core.errors import UserError
 from starkv_core.eval import longbench, ruler
 from starkv_core.eval.local_data import FILES, TASK_FILES, check_files
+from starkv_core.eval.records import canonical, canonical_hash
 from starkv_core.models.load import EMBEDDED_NAME
 from starkv_core.provenance import sha256_file
 
@@ -313,7 +313,8 @@ class _Finder:
             )
         if task.get_config("output_type") == "generate_until":
             try:
-                generation(task.get_config("generation_kwargs") or {})
+                with quiet():
+                    generation(task.get_config("generation_kwargs") or {})
             except UserError as error:
                 raise UserError(f"task {name}: {error}") from None
         if task.get_config("num_fewshot") is None:
@@ -333,7 +334,7 @@ class _Finder:
             task,
             source,
             digest,
-            hashlib.sha256(_canonical(definition)).hexdigest(),
+            canonical_hash(definition),
             task.VERSION,
             self._lengths if name in ruler.NEEDS else (),
             longbench.is_longbench(name),
@@ -399,12 +400,8 @@ def _why(name: str, error: Exception) -> str:
     return f"cannot be loaded: {said}"
 
 
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=str).encode()
-
-
 def _rows_sha256(task: Any) -> str:
     digest = hashlib.sha256()
     for row in task.eval_docs:
-        digest.update(_canonical(row))
+        digest.update(canonical(row))
     return digest.hexdigest()
