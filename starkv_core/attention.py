@@ -292,13 +292,8 @@ class CompressedAttention:
             mask: as :meth:`__call__` has it; in a captured step its row lengths say it all.
         """
         layer.admit(keys, values)
-        step, buffers = layer.step, layer.buffers()
-        if step is None:
-            filled, first = _count(layer.length, q.device), None
-            if mask is not None:
-                mask = checked_mask(mask)[..., : layer.length]
-        else:
-            filled, first, mask = step.filled, step.first, None
+        buffers = layer.buffers()
+        filled, first, mask = _seen(layer, mask, q.device)
         tables = self.tables.slots(layer.room, q.device)
         q = rope_append(q, keys, values, *buffers, *tables, filled=filled, backend=self.backend)
         return latent_attention(
@@ -329,13 +324,8 @@ class CompressedAttention:
         assert weights.codes is not None
         coded = layer.coded_count()
         layer.admit(keys, values)
-        step, sides = layer.step, layer.coded_sides()
-        if step is None:
-            filled, first = _count(layer.length, q.device), None
-            if mask is not None:
-                mask = checked_mask(mask)[..., : layer.length]
-        else:
-            filled, first, mask = step.filled, step.first, None
+        sides = layer.coded_sides()
+        filled, first, mask = _seen(layer, mask, q.device)
         q, coded = code_append(
             q,
             keys,
@@ -382,6 +372,17 @@ class CompressedAttention:
                 else PackedLayer(codes, self.store_dtype)
             )
         return layer
+
+
+def _seen(
+    layer: LatentLayer, mask: torch.Tensor | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Slots filled (int32 ``[1]``), first slot of each row and mask, once a layer admits tokens."""
+    if layer.step is not None:
+        return layer.step.filled, layer.step.first, None
+    if mask is not None:
+        mask = checked_mask(mask)[..., : layer.length]
+    return _count(layer.length, device), None, mask
 
 
 def _allowed(mask: torch.Tensor | None, past: int, n_new: int, like: torch.Tensor) -> torch.Tensor:
