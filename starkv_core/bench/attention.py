@@ -177,6 +177,17 @@ class _Dense:
         return relative_error(torch.stack(got), torch.stack(want))
 
 
+def _error(case: _Latents | _Codes, out: Tensor) -> float:
+    """Relative error of ``out [B, H, 1, D]`` on some rows, from keys rebuilt tile by tile."""
+    got, want = [], []
+    for row in rows_checked(len(case.q)):
+        q = case.q[row, :, 0].double().unflatten(0, (-1, case.group))
+        mixed = attend(q, case.tiles(row), case.scale)
+        want.append(torch.einsum("hgr,hdr->hgd", mixed, case.factors.value_up.double()))
+        got.append(out[row, :, 0].unflatten(0, (-1, case.group)))
+    return relative_error(torch.stack(got), torch.stack(want))
+
+
 class _Latents:
     """Latents of one layer with the factors that read them.
 
@@ -253,17 +264,9 @@ class _Latents:
             self.q, keys, values, scale=self.scale, enable_gqa=self.group > 1
         )
 
-    def error(self, out: Tensor) -> float:
-        """Relative error of ``out [B, H, 1, D]`` on some rows."""
-        got, want = [], []
-        for row in rows_checked(len(self.q)):
-            q = self.q[row, :, 0].double().unflatten(0, (-1, self.group))
-            mixed = attend(q, self._tiles(row), self.scale)
-            want.append(torch.einsum("hgr,hdr->hgd", mixed, self.factors.value_up.double()))
-            got.append(out[row, :, 0].unflatten(0, (-1, self.group)))
-        return relative_error(torch.stack(got), torch.stack(want))
+    error = _error
 
-    def _tiles(self, row: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def tiles(self, row: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys of every head, rebuilt in float64, and value latents.
 
         Head by head from its own channels, so that nothing is shared with what is tested.
@@ -345,17 +348,9 @@ class _Codes:
             backend=self.op_backend,
         )
 
-    def error(self, out: Tensor) -> float:
-        """Relative error of ``out [B, H, 1, D]`` on some rows."""
-        got, want = [], []
-        for row in rows_checked(len(self.q)):
-            q = self.q[row, :, 0].double().unflatten(0, (-1, self.group))
-            mixed = attend(q, self._tiles(row), self.scale)
-            want.append(torch.einsum("hgr,hdr->hgd", mixed, self.factors.value_up.double()))
-            got.append(out[row, :, 0].unflatten(0, (-1, self.group)))
-        return relative_error(torch.stack(got), torch.stack(want))
+    error = _error
 
-    def _tiles(self, row: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def tiles(self, row: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys of every head, rebuilt in float64 from what each bit says, and value latents."""
         cos, sin = self.rope.slots(self.layer.length, self.q.device)
         at = 0
