@@ -54,8 +54,8 @@ class CapturedStep:
         first: torch.Tensor | None = None,
     ) -> None:
         require_gpu(tokens.device)
-        if not all(map(steps, cache.layers)):
-            kinds = sorted({type(layer).__name__ for layer in cache.layers if not steps(layer)})
+        kinds = sorted({type(layer).__name__ for layer in cache.layers if not steps(layer)})
+        if kinds:
             raise CaptureError(f"layers of {', '.join(kinds)} cannot be written by a replay")
         if any(layer.device != tokens.device for layer in cache.layers):
             raise CaptureError("the model's layers are on several devices")
