@@ -311,7 +311,9 @@ class FoldedLayer:
 
     def weights(self, dtype: torch.dtype, device: Any = None) -> LatentWeights:
         """What attention reads, in its dtype and on its device."""
-        key_up, key_index = _per_head(self.key_up, self.ranks.keys, self.heads, self.key_order)
+        index, real = padded_index(self.ranks.keys, self.heads, self.key_up.device)
+        key_up = per_head(self.key_up, index, real, len(self.ranks.keys))
+        key_up, key_index = (in_head_order(t, self.key_order) for t in (key_up, index))
         gram = None
         if self.key_norm is not None:
             gram = key_up.transpose(1, 2) @ key_up
@@ -354,17 +356,21 @@ def in_head_order(blocks: torch.Tensor, order: torch.Tensor | None) -> torch.Ten
     return blocks if order is None else blocks[order.argsort()]
 
 
-def _per_head(
-    columns: torch.Tensor, ranks: tuple[int, ...], heads: int, order: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``up [n, R]`` as ``[H, D, r]`` padded with zeros, and each head's channels ``[H, r]``."""
-    index, real = padded_index(ranks, heads, columns.device)
-    members = heads // len(ranks)
-    lanes = columns.unflatten(0, (members, -1))  # [heads of a group, D, R]
-    member = torch.arange(heads, device=columns.device) % members
-    picked = lanes[member[:, None], :, index]  # [H, r, D]
-    up = picked.transpose(1, 2) * real[:, None, :]
-    return in_head_order(up, order), in_head_order(index, order)
+def per_head(
+    up: torch.Tensor, index: torch.Tensor, real: torch.Tensor, owners: int
+) -> torch.Tensor:
+    """``up [n, R]`` of keys as ``U_h [H, D, r]``, 0 where padded; differentiable.
+
+    Args:
+        index: int64 ``[H, r]``, channels of each head.
+        real: bool ``[H, r]``, False where padded.
+        owners: factorisations, each of as many heads in a row.
+    """
+    heads = len(index)
+    members = heads // owners
+    lanes = up.unflatten(0, (members, -1))  # [heads of a group, D, R]
+    member = torch.arange(heads, device=up.device) % members
+    return lanes[member[:, None], :, index].transpose(1, 2) * real[:, None, :]
 
 
 def _block_sparse(columns: torch.Tensor, ranks: tuple[int, ...], heads: int) -> torch.Tensor:

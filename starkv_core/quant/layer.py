@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from starkv_core.attention import LatentWeights
+from starkv_core.factors import per_head
 from starkv_core.quant.basis import Side
 from starkv_core.quant.scheme import Scheme
 from starkv_core.quant.steps import best_steps
@@ -123,23 +124,6 @@ class QuantLayer:
         real = torch.arange(widest) < torch.tensor([[len(channels)] for channels in own])
         members = self.heads // owners
         return index.repeat_interleave(members, 0), real.repeat_interleave(members, 0)
-
-
-def per_head(
-    up: torch.Tensor, index: torch.Tensor, real: torch.Tensor, owners: int
-) -> torch.Tensor:
-    """``up [n, R]`` of keys as ``U_h [H, D, r]``, 0 where padded; differentiable.
-
-    Args:
-        index: int64 ``[H, r]``, channels of each head.
-        real: bool ``[H, r]``, False where padded.
-        owners: factorisations, each of as many heads in a row.
-    """
-    heads = len(index)
-    members = heads // owners
-    lanes = up.unflatten(0, (members, -1))  # [heads of a group, D, R]
-    member = torch.arange(heads, device=up.device) % members
-    return lanes[member[:, None], :, index].transpose(1, 2) * real[:, None, :]
 
 
 def code_side(

@@ -19,9 +19,10 @@ from starkv_core.calibrate.distill import distillation_loss
 from starkv_core.calibrate.loop import LOSS_SCALE, MICRO_TOKENS, rms, schedule
 from starkv_core.calibrate.student import checkpointed
 from starkv_core.errors import RunFailure
+from starkv_core.factors import per_head
 from starkv_core.progress import SILENT, Progress
 from starkv_core.quant.costs import seen
-from starkv_core.quant.layer import CodedSide, QuantLayer, per_head
+from starkv_core.quant.layer import CodedSide, QuantLayer
 from starkv_core.recipe import Recipe
 from starkv_core.surgery import WeightsOf, compressed
 
