@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from triton_ops.coded_attention.tables import scale_group, spans
 from triton_ops.latent_codes import Codec
 from triton_ops.latent_codes.layout import LANES
 
@@ -47,24 +48,18 @@ def _made(codec: Codec) -> AppendTable:
     layout = codec.layout
     groups = list(layout.groups) or [layout.channels]
     edges = list(accumulate(groups, initial=0))
-    planes: dict[int, list[tuple[int, int, int]]] = {}
-    for plane in layout.planes:
-        planes.setdefault(plane.first, []).append((plane.offset, plane.width, plane.stored))
     blocks: list[list[int]] = []
     owners: list[int] = []
-    first = 0
-    for section in layout.sections:
-        low, *more = planes[first]
-        top = more[0][0] // LANES if more else 0
-        start, end = first, first + section.channels
+    for span in spans(layout, codec.levels[0].cpu()):
+        top = (span.offset + span.top_plane) // LANES if span.top_plane else 0
+        where = [span.offset // LANES, span.planes[0].width, top, span.stored, span.first]
+        start, end = span.first, span.first + span.channels
         while start < end:
-            group = sum(edge <= start for edge in edges[1:])
+            group = scale_group(layout, start)
             stop = min(end, start + BLOCK, edges[group + 1])
-            where = [low[0] // LANES, low[1], top, low[2], first]
-            blocks.append([start, stop - start, section.bits, *where])
+            blocks.append([start, stop - start, span.bits, *where])
             owners.append(group)
             start = stop
-        first = end
     if layout.groups:
         programs = [
             [owners.index(g), owners.count(g), g, edges[g], groups[g]] for g in range(len(groups))

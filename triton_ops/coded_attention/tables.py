@@ -144,7 +144,7 @@ class CodedFactors:
     @cached_property
     def value_groups(self) -> list[int]:
         """Scale group of each section of the values."""
-        return [_group(self.codes.values.layout, span.first) for span in self.value_spans]
+        return [scale_group(self.codes.values.layout, span.first) for span in self.value_spans]
 
     @cached_property
     @torch.inference_mode(False)
@@ -249,7 +249,7 @@ class CodedFactors:
             for c in channels:
                 head, lane = self._owner[c], c - span.first - load
                 roles[i, lane], owners[i, lane] = here.index(head), head
-                groups[i, here.index(head)] = _group(self.codes.keys.layout, c)
+                groups[i, here.index(head)] = scale_group(self.codes.keys.layout, c)
                 rows[i, lane] = up[head, :, self._members[head].index(c)].float() * step[c]
             after = channels[-1] + 1 - span.first - load
             for lane, head in enumerate(biased, after):
@@ -295,7 +295,8 @@ class CodedFactors:
             bias = torch.zeros(up.shape[1], dtype=torch.float32, device=up.device)
             if self.key_bias is not None and self._last_section[head] == number:
                 bias += self.key_bias[head].float()
-            entry = [head, load, firsts[head] + used[head], _group(self.codes.keys.layout, mine[0])]
+            group = scale_group(self.codes.keys.layout, mine[0])
+            entry = [head, load, firsts[head] + used[head], group]
             used[head] += 1
             groups.setdefault((number, width), []).append((entry, rows, bias))
         tables = [
@@ -315,6 +316,6 @@ class CodedFactors:
         return torch.tensor(pairs, dtype=torch.int32, device=self.key_up.device)
 
 
-def _group(layout: CodeLayout, channel: int) -> int:
+def scale_group(layout: CodeLayout, channel: int) -> int:
     """Scale group of a channel; 0 where there is none."""
     return sum(end <= channel for end in accumulate(layout.groups)) if layout.groups else 0
