@@ -7,6 +7,7 @@ import torch
 from triton_ops.backends import launching_on
 from triton_ops.code_append.reference import coded_after, store_rows
 from triton_ops.coded_attention import Coded
+from triton_ops.faults import dtype_faults, gap_faults, shape_faults, stride_faults
 from triton_ops.latent_attention import rotate
 from triton_ops.latent_codes import TILE, LayerCodes
 
@@ -156,7 +157,7 @@ def _check(
     room = tiles * TILE
     wrong = key_side.faults("keys", codes.keys, batch, tiles, rows)
     wrong += value_side.faults("values", codes.values, batch, tiles, rows)
-    expected: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {
+    expected = {
         "keys": (keys, (batch, n_new, codes.keys.layout.channels)),
         "values": (values, (batch, n_new, codes.values.layout.channels)),
         "cos": (cos, (max(room, len(cos)), dim)),
@@ -164,27 +165,19 @@ def _check(
         "filled": (filled, (1,)),
         "coded": (coded, (1,)),
     }
-    wrong += [
-        f"{name} {list(got.shape)}, expected {list(want)}"
-        for name, (got, want) in expected.items()
-        if tuple(got.shape) != want
-    ]
+    wrong += shape_faults(expected)
     if dim % 2:
         wrong.append(f"head dimension {dim}, RoPE takes an even one")
-    for name, dtype in (
-        ("cos", torch.float32),
-        ("sin", torch.float32),
-        ("filled", torch.int32),
-        ("coded", torch.int32),
-    ):
-        if expected[name][0].dtype != dtype:
-            wrong.append(f"{name} {expected[name][0].dtype}, expected {dtype}")
+    wrong += dtype_faults(
+        {
+            "cos": (cos, torch.float32),
+            "sin": (sin, torch.float32),
+            "filled": (filled, torch.int32),
+            "coded": (coded, torch.int32),
+        }
+    )
     if backend == "triton":
-        for name, tensor in (("q", q), ("keys", keys), ("values", values)):
-            if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-                wrong.append(f"{name} has numbers {tensor.stride(-1)} apart, expected 1")
-        for name, tensor in (("cos", cos), ("sin", sin)):
-            if not tensor.is_contiguous():
-                wrong.append(f"{name} has gaps between its rows")
+        wrong += stride_faults({"q": q, "keys": keys, "values": values})
+        wrong += gap_faults({"cos": cos, "sin": sin})
     if wrong:
         raise ValueError("code_append: " + "; ".join(wrong))

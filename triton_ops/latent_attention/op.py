@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from triton_ops.backends import launching_on
+from triton_ops.faults import shape_faults
 from triton_ops.latent_attention.factors import LatentFactors
 from triton_ops.latent_attention.layout import row_width
 from triton_ops.latent_attention.reference import latent_attention_reference
@@ -61,7 +62,7 @@ def latent_attention(
     kv_heads = len(factors.layout.ranks)
     room = key_latents.shape[1]
     value_rank = factors.value_up.shape[-1]
-    expected = {
+    expected: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]] = {
         "key_latents": (key_latents, (batch, room, row_width(factors.layout.channels))),
         "value_latents": (value_latents, (batch, room, row_width(value_rank))),
         "key_up": (factors.key_up, (kv_heads, dim, factors.key_up.shape[-1])),
@@ -71,11 +72,7 @@ def latent_attention(
         "first": (first, (batch,)),
         "mask": (mask, (batch, 1, n_query, 0 if mask is None else mask.shape[-1])),
     }
-    wrong = [
-        f"{name} {list(got.shape)}, expected {list(want)}"
-        for name, (got, want) in expected.items()
-        if got is not None and tuple(got.shape) != want
-    ]
+    wrong = shape_faults(expected)
     if heads % kv_heads:
         wrong.append(f"{heads} query heads do not divide among {kv_heads} key heads")
     if dim != rope.dim:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from triton_ops.backends import launching_on
+from triton_ops.faults import dtype_faults, gap_faults, shape_faults, stride_faults
 from triton_ops.rope_append.reference import rope_append_reference
 
 _PROGRAM = 1024  # numbers of one program: a few for every thread, and programs enough at batch 1
@@ -56,15 +57,19 @@ def rope_append(
         "sin": (sin, (max(room, len(sin)), dim)),
         "filled": (filled, (1,)),
     }
-    wrong = [
-        f"{name} {list(got.shape)}, expected {list(want)}"
-        for name, (got, want) in expected.items()
-        if tuple(got.shape) != want
-    ]
+    wrong = shape_faults(expected)
     if dim % 2:
         wrong.append(f"head dimension {dim}, RoPE takes an even one")
     if backend == "triton":
-        wrong += _kernel_faults({"q": q} | {name: got for name, (got, _) in expected.items()})
+        wrong += stride_faults({"q": q} | {name: got for name, (got, _) in expected.items()})
+        wrong += dtype_faults(
+            {
+                "cos": (cos, torch.float32),
+                "sin": (sin, torch.float32),
+                "filled": (filled, torch.int32),
+            }
+        )
+        wrong += gap_faults({"cos": cos, "sin": sin})
     if wrong:
         raise ValueError("rope_append: " + "; ".join(wrong))
     if backend != "triton":
@@ -108,19 +113,3 @@ def rope_append(
             enable_fp_fusion=False,
         )
     return turned
-
-
-def _kernel_faults(tensors: dict[str, torch.Tensor]) -> list[str]:
-    """What the kernel cannot read, beyond wrong shapes."""
-    wrong = [
-        f"{name} has numbers {tensor.stride(-1)} apart, expected 1"
-        for name, tensor in tensors.items()
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1
-    ]
-    for name, dtype in (("cos", torch.float32), ("sin", torch.float32), ("filled", torch.int32)):
-        tensor = tensors[name]
-        if tensor.dtype != dtype:
-            wrong.append(f"{name} {tensor.dtype}, expected {dtype}")
-        if not tensor.is_contiguous():
-            wrong.append(f"{name} has gaps between its rows")
-    return wrong
