@@ -565,6 +565,7 @@ def mix_codes(
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
     ROWS: tl.constexpr = LOW // 2  # of bytes of the low plane in 256 slots
     PER: tl.constexpr = 4 // ROWS  # times 64 slots in a row of bytes
+    PAIRS: tl.constexpr = K == 128 and PER > 1  # whether a product takes two of them
     # The bits of a byte of the top plane are of 512 slots, and shifts have to be known.
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
     mixed = tl.zeros([N, COLS], tl.float32)
@@ -587,13 +588,13 @@ def mix_codes(
                 words = tl.load(row_at + (half * ROWS + r) * (32 * channels), mask=held, other=0)
                 if BITS != 3:
                     top = words
-                for m in tl.static_range(0, PER, K // 64 if PER * 64 > K else PER):
+                for m in tl.static_range(0, PER, 2 if PAIRS else 1):
                     slot = (unit + half) * 256 + (r * PER + m) * 64
                     x = _codes_64(words, top, half * 4 + m, BITS, MIDDLE_2, N, PTX)
-                    if K == 128 and PER > 1:
+                    if PAIRS:
                         y = _codes_64(words, top, half * 4 + m + 1, BITS, MIDDLE_2, N, PTX)
                         x = _beside(x, y, N, 128)
-                    spot = tl.arange(0, 128 if K == 128 and PER > 1 else 64)
+                    spot = tl.arange(0, 128 if PAIRS else 64)
                     # The softmax writes whole tiles of 256 slots, and no others.
                     p = tl.load(p_base + slot + spot[None, :], mask=told[:, None], other=0.0)
                     if SCALED:
