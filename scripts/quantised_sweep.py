@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +136,18 @@ def main() -> None:
         making = [(base, ask((make_base, base, given.work))) for base in bases.values()]
         waiting = [row for row in rows if "base" in row]
         asked = [(r["name"], ask((make_row, r, given.work))) for r in rows if "base" not in r]
+        workers: set[BaseProcess] = set()
+        answered = 0
         while making or asked or waiting:
+            workers.update(multiprocessing.active_children())
+            ended = [worker.exitcode for worker in workers if worker.exitcode is not None]
             time.sleep(0.2)
             if time.monotonic() - began > given.seconds:
                 note(f"out of time: {[name for name, _ in asked]} under way or queued")
                 return
             for pair in [pair for pair in making if pair[1].ready()]:
                 making.remove(pair)
+                answered += 1
                 note(f"base {pair[0]['set']}: {pair[1].get()}")
             unmade = [json.dumps(base) for base, _ in making]
             for row in [row for row in waiting if json.dumps(row["base"]) not in unmade]:
@@ -149,6 +155,7 @@ def main() -> None:
                 asked.append((row["name"], ask((make_row, row, given.work))))
             for entry in [entry for entry in asked if entry[1].ready()]:
                 asked.remove(entry)
+                answered += 1
                 found = entry[1].get()
                 if isinstance(found, str):
                     note(f"row {entry[0]} failed: {found}")
@@ -158,6 +165,12 @@ def main() -> None:
                 note(
                     f"row {entry[0]}: ratio {found['ratio']:.2f}, {found['increase']:+.2%}, "
                     f"{found['retrieval']}, {found['seconds']:.0f} s"
+                )
+            # A pool makes new workers for dead ones, but what those were at is never answered.
+            if any(ended) and len(ended) > answered:
+                sys.exit(
+                    f"a worker died (exit statuses {sorted(set(ended))}; -9: killed, perhaps for "
+                    f"memory); rows measured are in {given.out}, the same command goes on"
                 )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scripts import quantised_figure, quantised_page
+from scripts import quantised_figure, quantised_page, quantised_sweep
 from starkv_core.artifacts import write_text_atomic
 
 
@@ -75,3 +76,13 @@ def test_a_curve_goes_through_the_best_row_of_a_ratio() -> None:
         "kivi": ["kivi-2"],
         "star, trained": ["a", "b"],
     }
+
+
+def test_a_sweep_whose_worker_dies_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waited for ever for what that worker was at; here none can even start."""
+    plan = {"measure": {"no such field": 1}, "rows": [{"name": "dense"}]}
+    write_text_atomic(tmp_path / "plan.json", json.dumps(plan))
+    files = [str(tmp_path / name) for name in ("plan.json", "rows.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["sweep", *files, "--work", str(tmp_path / "work")])
+    with pytest.raises(SystemExit, match=r"a worker died .exit statuses \[1\];"):
+        quantised_sweep.main()
