@@ -85,7 +85,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Rows of each lm-eval task.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder with the rows of the zero-shot tasks, to read instead of a hub."),
+        typer.Option(
+            help="Folder with rows of the zero-shot tasks or LongBench, to read instead of a hub."
+        ),
     ] = None,
     include_path: Annotated[
         Path | None, typer.Option(help="Folder of lm-eval task files of one's own.")
