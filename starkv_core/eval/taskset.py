@@ -25,6 +25,7 @@ from starkv_core.errors import UserError
 from starkv_core.eval import longbench, ruler
 from starkv_core.eval.local_data import FILES, TASK_FILES, check_files
 from starkv_core.eval.records import canonical, canonical_hash
+from starkv_core.eval.retrieval import TITLES
 from starkv_core.models.load import EMBEDDED_NAME
 from starkv_core.provenance import sha256_file
 
@@ -150,7 +151,8 @@ def _require_harness(names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _unknown(name: str, near: Iterable[str], known: Sequence[str]) -> str:
-    close = get_close_matches(name, sorted(set(near)), n=_SHOWN)
+    titled = [task for task, title in TITLES.items() if name == title]
+    close = titled or get_close_matches(name, sorted(set(near)), n=_SHOWN)
     hint = f"; did you mean {', '.join(close)}?" if close else ""
     return f"unknown task {name!r}{hint} (built in: {', '.join(known)})"
 

@@ -179,6 +179,9 @@ class TestWithHarness:
         [
             (["--tasks", "piqqa,longbnch"], ["piqqa", "did you mean piqa", "longbench"]),
             (["--tasks", "passky"], ["passky", "did you mean passkey"]),
+            (["--tasks", "key-value"], ["key-value", "did you mean kv?"]),
+            (["--tasks", "ruler"], ["niah_single_2: needs essays", "no network: niah_single_1,"]),
+            (["--tasks", "longbench", "--data", "."], ["no such file", "hotpotqa.jsonl (task"]),
             (["--tasks", "piqa"], ["task piqa", "HF_DATASETS_OFFLINE is set", FILES["piqa"]]),
             (["--tasks", "piqa", "--data", "no/such"], ["--data no/such", "no such folder"]),
             (["--tasks", "piqa", "--include-path", "no/such"], ["--include-path no/such"]),
