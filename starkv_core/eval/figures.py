@@ -28,7 +28,8 @@ def retrieval_heatmap(
     """Write a PNG of retrieval accuracy.
 
     Args:
-        columns: results by subject (``dense``, ``compressed``) and task; panels go side by side.
+        columns: results by subject (``dense``, ``compressed``) and task; whichever are more, tasks
+            or subjects, go side by side, the others below each other.
         path: file to write.
         title: on top of the figure.
     """
@@ -36,14 +37,17 @@ def retrieval_heatmap(
 
     tasks = list(dict.fromkeys(task for results in columns.values() for task in results))
     shown = next(result for results in columns.values() for result in results.values())
-    width = 1.6 + len(columns) * max(2.4, 0.62 * len(shown.lengths) + 0.8)
-    height = 1.0 + len(tasks) * max(2.0, 0.42 * len(shown.depths) + 1.0)
+    wide = len(tasks) > len(columns)
+    down, across = (len(columns), len(tasks)) if wide else (len(tasks), len(columns))
+    width = 1.6 + across * max(2.4, 0.62 * len(shown.lengths) + 0.8)
+    height = 1.0 + down * max(2.2, 0.42 * len(shown.depths) + 1.2)
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    axes = figure.subplots(len(tasks), len(columns), squeeze=False, sharex=True, sharey=True)
+    axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for i, task in enumerate(tasks):
         for j, (subject, results) in enumerate(columns.items()):
-            ax = axes[i][j]
+            y_panel, x_panel = (j, i) if wide else (i, j)
+            ax = axes[y_panel][x_panel]
             result = results[task]
             shares = [[fmean(row[k]) for row in result.scores] for k in range(len(result.depths))]
             image = ax.imshow(shares, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
@@ -53,15 +57,16 @@ def retrieval_heatmap(
                     ax.text(
                         x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=ink
                     )
-            ax.set_title(f"{TITLES[task]}, {subject}: {100 * result.accuracy:.1f}%", fontsize=10)
+            ax.set_title(f"{TITLES[task]}\n{subject}: {100 * result.accuracy:.1f}%", fontsize=10)
             ax.set_xticks(range(len(result.lengths)), [str(n) for n in result.lengths])
             ax.set_yticks(range(len(result.depths)), [f"{100 * d:g}%" for d in result.depths])
             ax.tick_params(length=0, labelsize=8)
-            if i == len(tasks) - 1:
+            if y_panel == down - 1:
                 ax.set_xlabel("prompt length, tokens", fontsize=9)
-            if j == 0:
+            if x_panel == 0:
                 ax.set_ylabel("depth of the needle", fontsize=9)
-    bar = figure.colorbar(image, ax=axes, shrink=0.9, ticks=[0.0, 0.25, 0.5, 0.75, 1.0])
+    marks = [0.0, 0.25, 0.5, 0.75, 1.0]
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=18 * down, ticks=marks)
     bar.ax.set_yticklabels(["0%", "25%", "50%", "75%", "100%"], fontsize=8)
     bar.set_label(f"right answers, prompts a cell: {shown.prompts}", fontsize=9)
     save_png(figure, path)

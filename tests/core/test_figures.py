@@ -12,8 +12,8 @@ import pytest
 
 from starkv_core.eval.deployed import CacheBytes
 from starkv_core.eval.figures import retrieval_heatmap
-from starkv_core.eval.retrieval import RetrievalResult
-from starkv_core.figures import bytes_per_layer, rank_map_figure, spectra_figures
+from starkv_core.eval.retrieval import TASKS, RetrievalResult
+from starkv_core.figures import bytes_per_layer, rank_map_figure, save_png, spectra_figures
 from starkv_core.rank_map import LayerRanks, RankMap
 from starkv_core.spectra import analyze_spectra
 from tests import models
@@ -73,6 +73,28 @@ def test_retrieval_heatmap_of_one_cell_and_of_two_tasks(tmp_path: Path) -> None:
     retrieval_heatmap({"compressed": both}, tmp_path / "two.png", "title")
     for name in ("one", "two"):
         check_png(tmp_path / f"{name}.png")
+
+
+def test_panels_of_five_tasks_do_not_touch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+
+    def keep(figure: Any, path: Path) -> None:
+        save_png(figure, path)
+        kept.append(figure)
+
+    monkeypatch.setattr("starkv_core.eval.figures.save_png", keep)
+    columns = {
+        name: {task: result(task, [[1] * 5] * 3, 2) for task in TASKS}
+        for name in ("dense", "compressed")
+    }
+    retrieval_heatmap(columns, tmp_path / "five.png", "title")
+    check_png(tmp_path / "five.png")
+    panels = kept[0].axes[:-1]  # the last is the bar
+    assert len(panels) == 10
+    renderer = kept[0].canvas.get_renderer()
+    boxes = [ax.title.get_window_extent(renderer) for ax in panels]
+    boxes += [ax.get_window_extent(renderer) for ax in panels]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_spectra_figures(tmp_path: Path, drawn: list[str]) -> None:
