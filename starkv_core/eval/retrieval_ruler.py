@@ -1,9 +1,9 @@
 """Multi-key, multi-value and variable-tracking prompts, in the spirit of RULER (arXiv 2404.06654).
 
 They are made as those of :mod:`.retrieval_tasks` (seeded, of an exact token length, for any
-tokenizer, the question at the very end) and are harder. The embedded model was not trained on
-them. ``kv`` there is RULER's multi-key of the easy sort (NIAH multikey_1): eight pairs in real
-text. Here:
+tokenizer, the question at the very end), in RULER's harder forms. The embedded model was not
+trained on them. ``kv`` there is RULER's multi-key of the easy sort (NIAH multikey_1): eight pairs
+in real text. Here:
 
 - ``multi-key`` is RULER's multikey_2 and multikey_3: there is no text, every stretch between is
   another needle of the same form ("The value of amber falcon is 48213.", distinct names, distinct
