@@ -1,4 +1,4 @@
-"""Perplexity and retrieval against whole-cache ratio, from the records of quantised_quality.
+"""Perplexity and retrieval against whole-cache ratio, from the records of quality_rows.
 
 Runs of a method make a curve, through the lowest perplexity of each ratio; baselines are points.
 

@@ -1,4 +1,4 @@
-"""Write the tables of a results page anew from the records of quantised_quality.
+"""Write the tables of a results page anew from the records of quality_rows.
 
 A table stands between `<!-- rows: FILE -->` and `<!-- end -->`; FILE, beside the page, holds one
 record a line.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scripts import quantised_figure, quantised_page, quantised_sweep
+from scripts import quality_sweep, quantised_figure, quantised_page
 from starkv_core.artifacts import write_text_atomic
 
 
@@ -85,4 +85,4 @@ def test_a_sweep_whose_worker_dies_ends(tmp_path: Path, monkeypatch: pytest.Monk
     files = [str(tmp_path / name) for name in ("plan.json", "rows.jsonl")]
     monkeypatch.setattr(sys, "argv", ["sweep", *files, "--work", str(tmp_path / "work")])
     with pytest.raises(SystemExit, match=r"a worker died .exit statuses \[1\];"):
-        quantised_sweep.main()
+        quality_sweep.main()

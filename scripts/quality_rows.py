@@ -1,13 +1,13 @@
-"""Quality of quantised caches: one JSON object a row, for docs/results.
+"""Quality of caches: one JSON object a row, for docs/results.
 
-A row is `dense`, a baseline on the dense cache (`kivi-2`, `rtn-4`, ...) or a quantised run. By
-default perplexity is read token by token, through the cache that decode fills; `--read prefill`
+A row is `dense`, a baseline on the dense cache (`kivi-2`, `rtn-4`, ...) or a run, in codes or not.
+By default perplexity is read token by token, through the cache that decode fills; `--read prefill`
 reads runs in one pass with prompts coded as decode reads them (baselines token by token all the
 same). Retrieval prompts attend to exact values and answers decode from codes, in all rows. On a GPU
 runs decode by the kernels.
 
-    python scripts/quantised_quality.py dense kivi-2 runs/q-8 --windows 16 --batch 16
-    python scripts/quantised_quality.py runs/q-4 --model MODEL --text wiki.test.raw --device cuda
+    python scripts/quality_rows.py dense kivi-2 runs/q-8 --windows 16 --batch 16
+    python scripts/quality_rows.py runs/q-4 --model MODEL --text wiki.test.raw --device cuda
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
-"""Make quantised runs and measure them, several at a time: the rows of docs/results/quantised.md.
+"""Make runs and measure them, several at a time: rows of docs/results/.
 
 A plan is a JSON file: `{"measure": {...}, "rows": [...]}`, where `measure` has the fields of
-`Measurement` in quantised_quality.py. A row has a `name` and is measured under it if it is `dense`
+`Measurement` in quality_rows.py. A row has a `name` and is measured under it if it is `dense`
 or a baseline; otherwise it says how its run is made:
 
     {"name": "star-8", "base": {"recipe": "tiny", "set": ["ratio=2", "steps=0"]},
      "scheme": "star", "ratio": 8, "recover": 300}
 
-`bytes_of` in place of `ratio` names a baseline whose bytes the row is to have; `options` are those
-of `make_scheme` (window, sinks, ...). A row whose kernels fail is measured by the reference backend
-and says so. Rows that the output file has are skipped, so a sweep that
-was ended goes on. Runs stay in WORK; rows of equal `base` share one.
+Without a `scheme` the base itself is measured, its latents in 16 bits. `bytes_of` in place of
+`ratio` names a baseline whose bytes the row is to have; `options` are those of `make_scheme`
+(window, sinks, ...). A row whose kernels fail is measured by the reference backend and says so.
+Rows that the output file has are skipped, so a sweep that was ended goes on. Runs stay in WORK; rows
+of equal `base` share one.
 
-    PYTHONPATH=. python scripts/quantised_sweep.py plan.json rows.jsonl --work runs --workers 8
+    PYTHONPATH=. python scripts/quality_sweep.py plan.json rows.jsonl --work runs --workers 8
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any
 
 import torch
 
-from scripts.quantised_quality import Measurement, held
+from scripts.quality_rows import Measurement, held
 from starkv_core.artifacts import read_manifest
 from starkv_core.calibrate.loop import run_calibration
 from starkv_core.quant.dense import coded_dense
@@ -73,6 +74,8 @@ def make_row(row: dict[str, Any], work: Path) -> dict[str, Any]:
     name, began = row["name"], time.monotonic()
     if "base" not in row:
         return _measurement.row(name)
+    if "scheme" not in row:
+        return _measurement.row(str(base_dir(work, row["base"]))) | {"name": name, "plan": row}
     out = work / name
     if not is_run(out):
         budget = BitBudget()
