@@ -10,7 +10,7 @@ or a baseline; otherwise it says how its run is made:
 Without a `scheme` the base itself is measured, its latents in 16 bits. `bytes_of` in place of
 `ratio` names a baseline whose bytes the row is to have; `options` are those of `make_scheme`
 (window, sinks, ...). A row whose kernels fail is measured by the reference backend and says so.
-Rows that the output file has are skipped, so a sweep that was ended goes on. Runs stay in WORK; rows
+Rows that the output file has are skipped: a sweep that was ended goes on. Runs stay in WORK; rows
 of equal `base` share one.
 
     PYTHONPATH=. python scripts/quality_sweep.py plan.json rows.jsonl --work runs --workers 8
