@@ -53,6 +53,8 @@ def decompose(
     weight: torch.Tensor,
     moment: torch.Tensor | None = None,
     metric: torch.Tensor | None = None,
+    *,
+    outputs: torch.Tensor | None = None,
 ) -> Decomposition:
     """Decompose one weight matrix; computed in float64, returned in float64.
 
@@ -60,6 +62,7 @@ def decompose(
         weight: ``[n, d]``.
         moment: ``[d, d]`` second moment of the inputs; None for the identity (plain SVD).
         metric: ``[n, n]`` cost of output errors, positive definite; None for the identity.
+        outputs: ``[n, n]`` second moment of the outputs, where it is not ``W S W^T``.
 
     Returns:
         ``min(n, d)`` components.
@@ -69,7 +72,10 @@ def decompose(
     if metric is not None:
         half, inverse = _roots(metric.double())
         w = half @ w
-    gram = w @ w.T if moment is None else w @ moment.double() @ w.T
+    if outputs is not None:
+        gram = outputs.double() if half is None else half @ outputs.double() @ half
+    else:
+        gram = w @ w.T if moment is None else w @ moment.double() @ w.T
     values, vectors = torch.linalg.eigh(0.5 * (gram + gram.T))
     rank = min(weight.shape)
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
@@ -106,6 +112,18 @@ def query_metric(query_energy: torch.Tensor) -> torch.Tensor:
     weight = torch.cat((pair, pair))
     # A pair that the queries never use still gets a share, so that the metric stays invertible.
     return torch.diag(weight + 1e-3 * weight.mean() + torch.finfo(weight.dtype).tiny)
+
+
+def attended_metric(query_moment: torch.Tensor) -> torch.Tensor:
+    """Metric of one key head: what a key error costs in the scores, by how much it is attended to.
+
+    Args:
+        query_moment: ``[D, D]``, :func:`starkv_core.statistics.seen_queries` of the group's heads.
+    """
+    moment = query_moment.double()
+    # Directions that no query uses still get a share, so that the metric stays invertible.
+    level = 1e-3 * moment.diagonal().mean() + torch.finfo(moment.dtype).tiny
+    return moment + level * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
 
 def output_metric(

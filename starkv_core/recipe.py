@@ -125,7 +125,8 @@ class DataSection:
 class StartSection:
     """The decomposition that training starts from; with steps 0 it is the result.
 
-    keys: weights (plain SVD), whitened, query-aware, or eigen: basis of keys and queries together.
+    keys: weights (plain SVD), whitened, query-aware, attended: by what attention makes of their
+        errors, or eigen: basis of keys and queries together.
     values: weights (plain SVD), whitened, mixed by attention, or calibrated: whitened, then fitted
         to what the layer sees once the layers before it are compressed.
     center: take the mean out of the second moments; a bias makes up for it. Under a norm on keys,
@@ -147,7 +148,7 @@ class StartSection:
     skip_layers: layers left dense; negative numbers count from the last.
     """
 
-    keys: Literal["weights", "whitened", "query-aware", "eigen"]
+    keys: Literal["weights", "whitened", "query-aware", "attended", "eigen"]
     values: Literal["weights", "whitened", "mixed", "calibrated"]
     center: bool
     output_aware: bool
@@ -258,7 +259,7 @@ _PLAIN_START: Final[dict[str, Any]] = {
 _METHOD_DEFAULTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
     "star": {
         "start": {
-            "keys": "query-aware",
+            "keys": "attended",
             "values": "mixed",
             "center": True,
             "output_aware": True,

@@ -18,6 +18,7 @@ from starkv_core.calibrate.methods.palu import fisher_scores
 from starkv_core.calibrate.methods.recalkv import calibrate_values, similar_heads
 from starkv_core.decompose import (
     Decomposition,
+    attended_metric,
     decompose,
     output_metric,
     query_metric,
@@ -76,12 +77,12 @@ def decompose_layer(
     device = attention.k_proj.weight.device
     key_group, value_group = group_sizes(start, spec)
     key_mean = value_mean = key_moment = value_moment = None
+    key_share = 0.0 if not start.center else _DISCOUNTED_MEAN if spec.qk_norm else 1.0
     if stats is not None:
         mixed = start.values == "mixed"
         mean_v = stats.mixed_mean if mixed else stats.mean
         if start.keys != "weights":
-            share = 0.0 if not start.center else _DISCOUNTED_MEAN if spec.qk_norm else 1.0
-            key_moment = _prepared(stats.moment, stats.mean, share, start.shrinkage)
+            key_moment = _prepared(stats.moment, stats.mean, key_share, start.shrinkage)
         if start.values != "weights":
             moment = stats.mixed_moment if mixed else stats.moment
             value_moment = _prepared(moment, mean_v, 1.0 if start.center else 0.0, start.shrinkage)
@@ -111,10 +112,28 @@ def decompose_layer(
         if start.keys == "eigen" and queries is not None:
             seen = queries[group].to(device, torch.float64)
             return key_query_basis(rows, moment, seen * torch.outer(scale, scale))
+        if start.keys == "attended" and stats is not None:
+            seen = stats.query_moment[group].to(device, torch.float64) * torch.outer(scale, scale)
+            metric = torch.block_diag(*map(attended_metric, seen))
+            if len(group) > 1:  # one basis for heads that each count keys their own way
+                return decompose(rows, moment, metric)
+            return decompose(rows, metric=metric, outputs=of_counted_keys(rows, group[0]))
         if start.keys != "query-aware" or stats is None:
             return decompose(rows, moment)
         energy = stats.query_energy[group].to(device, torch.float64) * scale.square()
         return decompose(rows, moment, torch.block_diag(*[query_metric(e) for e in energy]))
+
+    def of_counted_keys(rows: torch.Tensor, head: int) -> torch.Tensor:
+        """What :func:`_prepared` is to inputs, for the keys of one head as they count."""
+        assert stats is not None
+        rows, level = rows.double(), float(stats.key_weight[head])
+        found = stats.key_covariance[head].to(device, torch.float64)
+        if key_share < 1:
+            mean = rows @ stats.mean.to(device, torch.float64)
+            found = found + (1.0 - key_share) * level * torch.outer(mean, mean)
+        identity = rows @ rows.T
+        identity = identity * (found.trace() / identity.trace())
+        return (1.0 - start.shrinkage) * found + start.shrinkage * identity
 
     def of_values(rows: torch.Tensor, moment: Any, group: list[int]) -> Decomposition:
         if not start.output_aware:
@@ -171,7 +190,12 @@ def build_start(
     stats: Mapping[int, LayerStatistics] = {}
     if needs_statistics(recipe.start):
         stats = gather_statistics(
-            loaded, tokens, layers, mixed=recipe.start.values == "mixed", progress=progress
+            loaded,
+            tokens,
+            layers,
+            mixed=recipe.start.values == "mixed",
+            attended=recipe.start.keys == "attended",
+            progress=progress,
         )
     queries: Mapping[int, torch.Tensor] = {}
     if recipe.start.keys == "eigen":

@@ -37,7 +37,7 @@ def faults(content: Any, *overrides: str) -> list[str]:
 def test_defaults_of_star() -> None:
     r = parse({"budget": {"ratio": 2}})
     assert (r.method, r.steps, r.rank_steps, r.batch, r.seed) == ("star", 300, 100, 4, 0)
-    assert (r.start.keys, r.start.values) == ("query-aware", "mixed")
+    assert (r.start.keys, r.start.values) == ("attended", "mixed")
     assert r.start.center and r.start.output_aware and r.optim.lr_relative
     assert (r.optim.lr, r.optim.threshold_lr, r.optim.gate_slope) == (3e-3, 3e-3, 20)
     assert r.data.source == "builtin"

@@ -38,12 +38,13 @@ def test_no_error_on_the_mean_at_any_rank(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("center", [True, False])
-def test_energy_by_hand(family: str, center: bool) -> None:
-    """All of sigma^2 is ``tr(A W S W^T)``: the shrunk, centred moment and the queries' metric, in
-    which the norm on keys counts squared.
+@pytest.mark.parametrize("keys", ["query-aware", "attended"])
+def test_energy_by_hand(family: str, center: bool, keys: str) -> None:
+    """All of sigma^2 is ``tr(A W S W^T)``, or with keys as they count ``tr(A K)``: the shrunk,
+    centred moment and the queries' metric, in which the norm on keys counts squared.
     """
     loaded = models.model(family)
-    start = models.recipe(start={"center": center, "shrinkage": 0.2}).start
+    start = models.recipe(start={"center": center, "shrinkage": 0.2, "keys": keys}).start
     stats = gather_statistics(loaded, models.ids(2, 30), [1])[1]
     attention = loaded.model.model.layers[1].self_attn
     norm = attention.k_norm.weight.double() if family == "qwen3" else torch.ones(16).double()
@@ -53,8 +54,14 @@ def test_energy_by_hand(family: str, center: bool) -> None:
     found = decompose_layer(loaded, 1, start, stats)
     for head, block in enumerate(found.keys):
         energy = stats.query_energy[head].double() * norm.square()
-        metric = 0.5 * (energy[:8] + energy[8:]).repeat(2)
         w = attention.k_proj.weight[16 * head : 16 * (head + 1)].detach().double()
-        wanted = float((metric * (w @ moment @ w.T).diagonal()).sum())
-        # The metric gives pairs that no query uses a thousandth of the mean.
+        metric = torch.diag(0.5 * (energy[:8] + energy[8:]).repeat(2))
+        outputs = w @ moment @ w.T
+        if keys == "attended":
+            metric = stats.query_moment[head].double() * torch.outer(norm, norm)
+            mean = w @ stats.mean.double() * stats.key_weight[head].double().sqrt()
+            counted = stats.key_covariance[head].double() + (1 - share) * torch.outer(mean, mean)
+            outputs = 0.8 * counted + 0.2 * counted.trace() * (w @ w.T) / (w @ w.T).trace()
+        wanted = float((metric @ outputs).trace())
+        # The metric gives directions that no query uses a thousandth of the mean.
         assert float(block.sigma.double().square().sum()) == pytest.approx(wanted, rel=0.01)

@@ -40,14 +40,35 @@ def test_by_hand(family: str) -> None:
         q = block.self_attn.q_proj(seen[0]).unflatten(-1, (spec.n_heads, spec.head_dim))
         if spec.qk_norm:
             q = block.self_attn.q_norm(q)
+        k = block.self_attn.k_proj(seen[0]).unflatten(-1, (2, -1)).double()
+        v = block.self_attn.v_proj(seen[0]).unflatten(-1, (2, -1)).double()
+        w_o = block.self_attn.o_proj.weight.unflatten(1, (spec.n_heads, -1)).double()
     handle.remove()
     y = seen[0].double()
     mixed = torch.einsum("bhts,bsd->bhtd", p, y).flatten(0, 2)
     y = y.flatten(0, 1)
     energy = q.double().square().mean((0, 1))
+    # By the distance alone: what query t is to the key of slot s before RoPE.
+    apart = torch.arange(24)[:, None] - torch.arange(24)
+    angles = apart[..., None] * spec.rope.inv_freq.double()
+    one, two = q.double().transpose(1, 2)[:, :, :, None].chunk(2, -1)
+    turned = torch.cat(
+        (one * angles.cos() - two * angles.sin(), two * angles.cos() + one * angles.sin()), -1
+    )
+    frames = torch.einsum("bhts,bhtsd,bhtse->hde", p, turned, turned) / (3 * 24)
+    # How far the output moves when a query attends more to a key, and the spread of keys about
+    # their mean under the weights that this gives them.
+    k, v = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
+    u = torch.einsum("ohd,bhtsd->bhtso", w_o, v[:, :, None] - (p @ v)[:, :, :, None])
+    weight = p * u.square().sum(-1)
+    mean = (weight @ k) / weight.sum(-1, keepdim=True).clamp_min(1e-300)
+    off = k[:, :, None] - mean[:, :, :, None]
+    spread = torch.einsum("bhts,bhtsd,bhtse->hde", weight, off, off) / (3 * 24)
+    weight = weight.sum((0, 2, 3)) / (3 * 24)
     wanted = LayerStatistics(
         y.mean(0), y.T @ y / len(y), mixed.mean(0), mixed.T @ mixed / len(mixed),
         torch.stack([energy[:2].sum(0), energy[2:].sum(0)]),
+        *(of_heads.unflatten(0, (2, 2)).sum(1) for of_heads in (frames, spread, weight)),
     )  # fmt: skip
     for name in LayerStatistics.names():
         torch.testing.assert_close(
