@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scripts import quality_sweep, quantised_figure, quantised_page
+from scripts import quality_sweep, quantised_figure, results_page
 from starkv_core.artifacts import write_text_atomic
 
 
@@ -26,6 +26,11 @@ def record(name: str, method: str, ratio: float, increase: float, **rest: Any) -
         "read": "one pass, coded as decode reads",
         **rest,
     }
+
+
+def run(name: str, ratio: float, increase: float, *changes: str) -> dict[str, Any]:
+    plan = {"base": {"recipe": "tiny", "set": list(changes)}}
+    return record(name, "star", ratio, increase, plan=plan)
 
 
 RUN = {
@@ -50,10 +55,10 @@ def test_tables_stand_where_the_page_names_their_records(
     write_text_atomic(page, "above\n<!-- rows: r.jsonl -->\nold\n<!-- end -->\nbelow\n")
     lines = [str(r).replace("'", '"') for r in RECORDS]
     write_text_atomic(tmp_path / "r.jsonl", "\n".join(lines) + "\n")
-    monkeypatch.setattr(sys, "argv", ["quantised_page.py", str(page)])
-    quantised_page.main()
+    monkeypatch.setattr(sys, "argv", ["results_page.py", str(page)])
+    results_page.main()
     once = page.read_text(encoding="utf-8")
-    quantised_page.main()
+    results_page.main()
     assert page.read_text(encoding="utf-8") == once
     found = once.splitlines()
     assert found[:2] == ["above", "<!-- rows: r.jsonl -->"]
@@ -67,6 +72,25 @@ def test_tables_stand_where_the_page_names_their_records(
         "| `star` | 2.5 | 20 x 2 x 1024 | 16.00 | 512 | 2.53 / 2.50 | +7.3% | 16 "
         "| one pass (kernels) | 100% | 93% | 45 |",
         "| `kivi-2` |  |  | 4.00 | 2048 | 2 / 2 | +2.0% | 16 | token by token | 100% | 93% | 45 |",
+    ]
+
+
+def test_runs_are_sorted_at_each_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    write_text_atomic(page, "<!-- runs: r.jsonl -->\n<!-- end -->\n")
+    made = [
+        record("dense", "dense", 1.0, 0.0),
+        run("even ranks, ratio 4", 4.004, 0.08, "ratio=4", "steps=0", "start.allocation=uniform"),
+        run("star, ratio 4", 4.0, 0.07, "ratio=4", "steps=0"),
+        run("star, joint keys, ratio 2", 2.0, 0.09, "ratio=2", "steps=0", "start.key_group=0"),
+    ]
+    write_text_atomic(tmp_path / "r.jsonl", "".join(json.dumps(r) + "\n" for r in made))
+    monkeypatch.setattr(sys, "argv", ["results_page.py", str(page)])
+    results_page.main()
+    assert page.read_text(encoding="utf-8").splitlines()[3:-1] == [
+        "| star, joint keys | 2.00 | +9.00% | 100% | 93% | `start.key_group=0` |",
+        "| star | 4.00 | +7.00% | 100% | 93% |  |",
+        "| even ranks | 4.00 | +8.00% | 100% | 93% | `start.allocation=uniform` |",
     ]
 
 

@@ -1,9 +1,9 @@
 """Write the tables of a results page anew from the records of quality_rows.
 
 A table stands between `<!-- rows: FILE -->` and `<!-- end -->`; FILE, beside the page, holds one
-record a line.
+record a line. Rows are quantised caches; `<!-- runs: FILE -->` takes runs of a sweep in 16 bits.
 
-    python scripts/quantised_page.py docs/results/quantised.md
+    python scripts/results_page.py docs/results/quantised.md
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,51 @@ COLUMNS = (
     "windows", "read", "pass-key", "key-value", "prompts",
 )  # fmt: skip
 ORDER = ("dense", "star", "paper", "kivi", "rtn")
-_TABLE = re.compile(r"(<!-- rows: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+RUN_COLUMNS = ("row", "cache ratio", "over dense", "pass-key", "key-value", "set")
+_TABLE = re.compile(r"(<!-- (rows|runs): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
     page = Path(sys.argv[1])
 
     def filled(found: re.Match[str]) -> str:
-        lines = (page.parent / found[2]).read_text(encoding="utf-8").splitlines()
-        return found[1] + table([json.loads(line) for line in lines]) + found[3]
+        lines = (page.parent / found[3]).read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        return found[1] + (table if found[2] == "rows" else runs_table)(records) + found[4]
 
     write_text_atomic(page, _TABLE.sub(filled, page.read_text(encoding="utf-8")))
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Records as a table, by method and cache ratio."""
-    rows = [cells(record) for record in sorted(records, key=place)]
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    return lined(COLUMNS, [cells(record) for record in sorted(records, key=place)])
+
+
+def runs_table(records: list[dict[str, Any]]) -> str:
+    """Runs of a sweep as a table, the best first at each cache ratio asked for."""
+    made = [record for record in records if "plan" in record]
+    made.sort(key=lambda record: (round(record["ratio"], 1), record["increase"]))
+    return lined(RUN_COLUMNS, [run_cells(record) for record in made])
+
+
+def lined(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def run_cells(record: dict[str, Any]) -> list[str]:
+    """One row of a table of runs; what its recipe sets but for the ratio comes last."""
+    recalled = record["retrieval"]
+    changes = [s for s in record["plan"]["base"]["set"] if not s.startswith(("ratio=", "steps=0"))]
+    return [
+        record["name"].rpartition(", ratio")[0],
+        f"{record['ratio']:.2f}",
+        f"{record['increase']:+.2%}",
+        f"{recalled['passkey']:.0%}",
+        f"{recalled['kv']:.0%}",
+        " ".join(f"`{change}`" for change in changes),
+    ]
 
 
 def place(record: dict[str, Any]) -> tuple[int, int, int, float]:
