@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 
 from starkv_core.models.load import LoadedModel
 from triton_ops.latent_attention import rotate
@@ -80,8 +81,10 @@ class Attended:
         def of_queries(per_kv_head: torch.Tensor) -> torch.Tensor:
             return per_kv_head.transpose(0, 1).repeat_interleave(spec.group, 0)
 
+        # Without the bias, which all keys share: beside 200 their spread would round off.
+        self._plain = of_queries(linear(y, attention.k_proj.weight).view(by_head))
+        self._v = of_queries(attention.v_proj(y).view(by_head))
         k = attention.k_proj(y).view(by_head)
-        self._plain, self._v = of_queries(k), of_queries(attention.v_proj(y).view(by_head))
         if family.key_norm(attention) is not None:
             k = attention.k_norm(k)
         self._cos, self._sin = spec.rope.tables(0, len(y), y.device)
@@ -118,7 +121,7 @@ class Attended:
     def keys(self, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 ``[H_kv, D, D]`` and ``[H_kv]``: :func:`counted_keys`, summed over each group.
 
-        Keys are those before norm and RoPE, the weights ``p_s |u_s|^2``.
+        Keys are those before bias, norm and RoPE, the weights ``p_s |u_s|^2``.
 
         Args:
             p: ``[H, n, L]``, attention of ``rows``.

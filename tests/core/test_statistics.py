@@ -74,3 +74,19 @@ def test_by_hand(family: str) -> None:
         torch.testing.assert_close(
             getattr(found, name), getattr(wanted, name).float(), rtol=1e-4, atol=1e-5, msg=name
         )
+
+
+def test_a_large_bias_of_keys_does_not_round_off_their_spread() -> None:
+    """Qwen2.5 has biases of 200 where keys spread by less than 1."""
+    plain, biased = models.model("qwen2"), models.model("qwen2")
+    tokens = models.ids(2, 40)
+    for loaded, size in ((plain, 0.0), (biased, 1000.0)):
+        for module in loaded.model.modules():
+            if hasattr(module, "k_proj"):
+                # The slowest pairs: what the queries attend to hardly changes.
+                module.k_proj.bias.data.zero_().unflatten(0, (-1, 16))[:, 7] = size
+                module.q_proj.weight.data.unflatten(0, (-1, 16))[:, 7::8] = 0.0
+                module.q_proj.bias.data.zero_()
+    expected, found = (gather_statistics(loaded, tokens, [0])[0] for loaded in (plain, biased))
+    torch.testing.assert_close(found.key_weight, expected.key_weight, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(found.key_covariance, expected.key_covariance, rtol=1e-4, atol=1e-5)
