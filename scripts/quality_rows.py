@@ -167,6 +167,7 @@ def described(subject: Subject) -> dict[str, Any]:
             "method": recipe.method,
             "ratio": recipe.budget.ratio,
             "steps": recipe.steps,
+            "keys": recipe.start.keys,
             "recovery_steps": len(recovered),
             "batch": recipe.batch,
             "length": recipe.data.length,

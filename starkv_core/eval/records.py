@@ -127,13 +127,13 @@ def packed(values: Sequence[float]) -> Rows:
 
 
 def run_hash(subject: Subject) -> str:
-    """Hash of the weights that a subject computes with: base model, factors, codes, dtypes."""
+    """Hash of what a subject computes with: base model and tokenizer, factors, codes, dtypes."""
     files: Mapping[str, str] = {}
     if subject.run_dir is not None and (subject.run_dir / MANIFEST).is_file():
         files = read_manifest(subject.run_dir)["files"]
     return canonical_hash(
         {
-            "base": subject.base.fingerprint,
+            "base": [subject.base.fingerprint, subject.base.settings_sha256],
             "dtypes": [str(subject.base.dtype), str(subject.store_dtype)],
             "files": dict(files),
         }

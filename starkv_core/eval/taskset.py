@@ -323,6 +323,10 @@ class _Finder:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)  # lm-eval's default
         definition = {k: v for k, v in task.dump_config().items() if k != "metadata"}
+        if name in self._own and self.include_path is not None:
+            # A definition has the functions that it names; these may call others beside it.
+            code = sorted(self.include_path.rglob("*.py"))
+            definition["code"] = [sha256_file(path) for path in code]
         if name in ruler.NEEDS:
             ruler.mix_lengths(task)
         file = self._file(name)

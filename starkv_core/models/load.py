@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ _DTYPES = {
 }
 _FLOAT16_NORMAL = 1e-4  # above it, float16 holds every bfloat16 value exactly
 _HUB_TIMEOUT = 10.0  # seconds
+_NO_SETTINGS = ("architectures", "dtype", "transformers_version")  # of a config, for figures
 _SAMPLE = 256  # numbers of each tensor that enter the fingerprint
 
 
@@ -62,6 +64,15 @@ class LoadedModel:
         """Dtype in which the model computes."""
         return self.model.get_input_embeddings().weight.dtype
 
+    @cached_property
+    def settings_sha256(self) -> str:
+        """Hash of config (RoPE, norms, end tokens) and tokenizer: answers depend on these too."""
+        config = self.model.config.to_diff_dict()
+        known = {k: v for k, v in config.items() if k not in _NO_SETTINGS and k[0] != "_"}
+        ends = self.model.generation_config.eos_token_id
+        content = json.dumps([known, ends, _tokenizing(self.tokenizer)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
 
 def fingerprint(model: nn.Module) -> str:
     """Hash that tells two sets of weights apart, whatever dtype they were loaded in.
@@ -78,6 +89,14 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _tokenizing(tokenizer: Any) -> dict[str, Any]:
+    """All that decides which ids a text becomes; of slow tokenizers only the vocabulary."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return dict(tokenizer.get_vocab())
+    known = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {k: v for k, v in known.items() if k not in ("padding", "truncation")}  # of a call
 
 
 def vocabulary_sha256(tokenizer: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -20,6 +20,7 @@ from tests.eval_rows import write_rows
 
 OPTIONS = ["--mode", "both", "--window", 48, "--windows", 3, "--lengths", 700, "--depths", "0,1"]
 OPTIONS += ["--prompts", 1]
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 
 
 def starkv(*args: object) -> int:
@@ -152,3 +153,25 @@ def test_a_figure_of_anything_else_is_made_anew(
         changed = ["--text", text]
     assert starkv(*args, *changed) == 0
     assert len(list(run.glob("results/task-*"))) == 2
+
+
+def test_a_figure_of_other_settings_of_the_same_weights_is_made_anew(
+    on_disk: OnDisk, run: Path, tmp_path: Path
+) -> None:
+    """What a config says of RoPE changes no weight, how a tokenizer cuts text no vocabulary."""
+    model = Path(shutil.copytree(on_disk.model, tmp_path / "model"))
+    args = ["eval", run, "--model", model, "--tasks", "passkey", "--no-dense"]
+    args += ["--text", on_disk.text, *OPTIONS, "--mode", "prefill"]
+    assert starkv(*args) == starkv(*args) == 0
+    assert len(list(run.glob("results/task-*"))) == 1
+    changes: list[tuple[str, Callable[[Any], object]]] = [
+        ("config.json", lambda c: c.update(rope_parameters={**LINEAR, "rope_theta": 1e4})),
+        ("tokenizer.json", lambda t: t.update(normalizer={"type": "NFC"})),
+        ("generation_config.json", lambda g: g.update(eos_token_id=[3])),
+    ]
+    for made, (name, change) in enumerate(changes, 2):
+        content = json.loads((model / name).read_text())
+        change(content)
+        (model / name).write_text(json.dumps(content))
+        assert starkv(*args) == 0
+        assert len(list(run.glob("results/task-*"))) == made, name

@@ -174,6 +174,28 @@ class TestWithHarness:
         assert (record["task"], record["path"], record["n"]) == ("mine", "decode", 2)
         assert record["metrics"][0]["name"] == "exact_match"
 
+    def test_code_beside_task_files_of_ones_own_counts(self, run: Path, tmp_path: Path) -> None:
+        """lm-eval's definition has the function that it names, not what that calls."""
+        (tmp_path / "rows.jsonl").write_text('{"q": "A dog", "a": " barks"}\n' * 2)
+        (tmp_path / "mine.yaml").write_text(
+            "task: mine\n"
+            "dataset_path: json\n"
+            f"dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
+            "output_type: generate_until\n"
+            "test_split: test\n"
+            "doc_to_text: q\n"
+            "doc_to_target: a\n"
+            "generation_kwargs: {until: ['.'], max_gen_toks: 4}\n"
+            "process_results: !function scores.score\n"
+            "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+        )
+        code = "def score(doc, results):\n    return {'acc': share()}\n\n\ndef share():\n    return "
+        args = ["--tasks", "mine", "--include-path", tmp_path, "--no-dense"]
+        for share, kept in (("0.25", 1), ("0.25", 1), ("0.75", 2)):
+            (tmp_path / "scores.py").write_text(f"{code}{share}\n")
+            assert starkv("eval", run, *args) == 0
+            assert len(list(run.glob("results/task-*"))) == kept
+
     @pytest.mark.parametrize(
         ("args", "words"),
         [
