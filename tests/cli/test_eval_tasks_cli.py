@@ -189,7 +189,7 @@ class TestWithHarness:
             "process_results: !function scores.score\n"
             "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
         )
-        code = "def score(doc, results):\n    return {'acc': share()}\n\n\ndef share():\n    return "
+        code = "def score(doc, results):\n    return {'acc': share()}\n\ndef share():\n    return "
         args = ["--tasks", "mine", "--include-path", tmp_path, "--no-dense"]
         for share, kept in (("0.25", 1), ("0.25", 1), ("0.75", 2)):
             (tmp_path / "scores.py").write_text(f"{code}{share}\n")
