@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ def test_run_beside_its_dense_model(
     for cell, found in zip(cells, (dense, compressed), strict=True):
         assert cell.startswith(f"{found['metrics'][0]['value']:.4g} ± ")
     change = compressed["metrics"][0]["value"] - dense["metrics"][0]["value"]
-    assert f"({change:+.3g} ± " in cells[1]
+    shown = re.search(r"\(([+-]\d+\.?(\d*)) ± ", cells[1])
+    assert shown is not None
+    assert float(shown[1]) == pytest.approx(change, rel=0, abs=0.501 * 10 ** -len(shown[2]))
     assert "(" not in cells[0] and "unpaired" not in printed.out.split("╰")[0].split("└")[0]
     assert dense["rows"]["nll"] != compressed["rows"]["nll"]
     assert dense["n"] == compressed["n"] == 2
