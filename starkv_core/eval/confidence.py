@@ -89,7 +89,7 @@ def difference(figure: Figure, reference: Figure) -> Difference | None:
     if sizes and min(sizes) > 1 and sizes == [len(values) for _, values in reference.parts]:
         parts = zip(figure.parts, reference.parts, strict=True)
         variances, freedoms = zip(*(_paired(*mine, *theirs) for mine, theirs in parts), strict=True)
-        half = student_95(sum(freedoms)) * math.sqrt(sum(variances))
+        half = student_95(_freedom(variances, freedoms)) * math.sqrt(sum(variances))
         return Difference(value, half, True)
     if one.stderr is None or other.stderr is None or figure.n < 2:
         return Difference(value, None, False)
@@ -106,6 +106,12 @@ def _paired(
     pairs = zip(values, others, strict=True)
     deltas = [weight * a - other_weight * b for a, b in pairs]
     return variance(deltas) / len(deltas), len(deltas) - 1
+
+
+def _freedom(variances: Sequence[float], freedoms: Sequence[int]) -> int:
+    """Degrees of freedom of a sum of variances (Welch and Satterthwaite); 0 where all is known."""
+    spread = sum(v**2 / f for v, f in zip(variances, freedoms, strict=True) if f)
+    return max(1, math.floor(sum(variances) ** 2 / spread + 1e-9)) if spread else 0
 
 
 def _variance_of_shares(right: Sequence[float], others: Sequence[float]) -> float:
@@ -175,5 +181,5 @@ def shown(metric: Metric, change: Difference | None = None) -> str:
 
 def is_share(metric: Metric) -> bool:
     """Whether a figure is a share of rows, from 0 to 1."""
-    named = metric.name.startswith(("acc", "exact_match", "mean"))
+    named = metric.name.startswith(("acc", "exact_match", "mean")) and metric.better == "higher"
     return named and metric.value is not None and 0 <= metric.value <= 1

@@ -131,6 +131,28 @@ def test_a_mean_of_tasks_is_paired_task_by_task() -> None:
     assert found.half == pytest.approx(math.hypot(*known) / 2)
 
 
+def test_a_mean_of_tasks_is_as_sure_as_the_task_that_decides_it() -> None:
+    """A task of 3 rows that scatter beside one of 101 that hardly do: 2 degrees, not 102."""
+    draw = random.Random(3)
+    few, many = [0.1, 0.5, 0.3], [draw.gauss(0.5, 1e-3) for _ in range(101)]
+    means = []
+    for rows in ([few, many], [[0.2] * 3, [0.5] * 101]):
+        figures = [
+            Figure(Metric("f1", fmean(v), standard_error(v)), len(v), ((1.0, tuple(v)),))
+            for v in rows
+        ]
+        means.append(mean_of(figures))
+    found = difference(*means)
+    assert found is not None
+    error = math.hypot(stdev(few) / math.sqrt(3), stdev(many) / math.sqrt(101)) / 2
+    assert found.half == pytest.approx(4.303 * error, rel=1e-3)
+
+
+def test_a_mean_that_is_to_fall_is_no_share() -> None:
+    bits = Figure(Metric("bits_per_byte", 0.9, 0.1, "lower"), 20)
+    assert shown(mean_of([bits, bits]).metric) == "0.9 ± 0.071"
+
+
 def test_digits_end_where_the_interval_does() -> None:
     ours, theirs = ([value + shift for value in (3.0, 3.2, 2.9, 3.1)] for shift in (0.011, 0.0))
     found = difference(ppl(ours), ppl(theirs))
