@@ -77,7 +77,9 @@ def analyze_spectra(
     layers = list(range(spec.n_layers))
     moments: dict[int, torch.Tensor] = {}
     if tokens is not None:
-        stats = gather_statistics(loaded, tokens, layers, mixed=False, progress=progress)
+        stats = gather_statistics(
+            loaded, tokens, layers, mixed=False, attended=False, progress=progress
+        )
         moments = {i: s.moment for i, s in stats.items()}
     found = []
     attentions: Any = loaded.family.attentions(loaded.model)
