@@ -269,7 +269,7 @@ def test_multiplier_carries_the_gradient_of_the_constraint(make: Any, tmp_path: 
 
     alphas = made.alphas()
     exact = torch.autograd.grad(loss(), alphas)
-    step = 1e-3
+    step = 3e-3  # sums of hundreds in float32: over a smaller one their rounding shows
     for alpha, gradient in zip(alphas, exact, strict=True):
         for i in range(len(alpha)):
             values = []
