@@ -279,6 +279,6 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _numbers(option: str, text: str, kind: type[_Number]) -> list[_Number]:
     try:
-        return [kind(part) for part in _names(text)]
+        return list(dict.fromkeys(kind(part) for part in _names(text)))
     except ValueError:
         raise UserError(f"--{option} {text!r}: numbers with commas are expected") from None

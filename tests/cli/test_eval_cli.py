@@ -144,6 +144,17 @@ def test_plain_model_writes_nothing_and_json_is_alone_on_stdout(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_named_twice_is_asked_once(
+    on_disk: OnDisk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However it is written: prompts of equal depths are equal, and would count as two rows."""
+    args = ["--tasks", "passkey", "--lengths", "400,0400", "--depths", "0,0.0,1", "--prompts", "1"]
+    assert starkv("eval", on_disk.model, *args, "--text", on_disk.text, "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)["results"]
+    assert found["n"] == 2
+    assert (found["options"]["lengths"], found["options"]["depths"]) == ([400], [0.0, 1.0])
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
