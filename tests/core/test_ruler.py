@@ -71,6 +71,7 @@ def test_lengths_take_turns() -> None:
     assert task.dataset["test"]["index"][:6] == [0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_made_for_the_lengths_asked_for() -> None:
     pytest.importorskip("wonderwords", reason="lm-eval's ruler is not installed (starkv[eval])")
     (task,) = load_tasks(["ruler_vt"], tokenizer=str(MODEL_DIR), lengths=[1200]).tasks
