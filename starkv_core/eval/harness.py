@@ -25,6 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from starkv_core.engine import Sampler, check_ids, end_tokens, stream
 from starkv_core.errors import UserError
 from starkv_core.eval.batching import Batches
+from starkv_core.eval.confidence import standard_error
 from starkv_core.eval.deployed import CacheBytes, measure, refuse_not_finite, watched
 from starkv_core.eval.likelihood import Path, Request, Score, score
 from starkv_core.eval.longbench import without_middle
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from starkv_core.run import Subject
 
 _BOOTSTRAP = 1000  # draws for the standard errors that have no formula
+_NOT_ASKED = -1  # RULER's mark for a length that it has no prompts of
 _GENERATION = {"until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks"}
 
 
@@ -345,11 +347,15 @@ def run_task(
         except UserError as error:
             raise UserError(f"task {task.name}: {error}") from None
         metrics = _metrics(outcome["results"][task.name], outcome["higher_is_better"][task.name])
-        found = [(m, _rows(m, outcome["samples"][task.name])) for m in metrics]
+        blank = _NOT_ASKED if task.lengths else None
+        samples = outcome["samples"][task.name]
+        found = [
+            (m, _rows(m, samples, blank)) for m in metrics if blank is None or m.value != blank
+        ]
         return {
             "path": "+".join(sorted(lm.paths)),
             "n": int(outcome["n-samples"][task.name]["effective"]),
-            "metrics": tuple(replace(m, rows=(m.name,)) if rows else m for m, rows in found),
+            "metrics": tuple(_of_rows(m, rows) if rows else m for m, rows in found),
             "rows": {m.name: packed(rows) for m, rows in found if rows},
             "cut": lm.cut,
             "cache": lm.cache,
@@ -358,13 +364,24 @@ def run_task(
     return kept.take(subject, column, about, run)
 
 
-def _rows(metric: Metric, samples: Sequence[Mapping[str, Any]]) -> list[float]:
-    """What each row scored; empty where the figure is no mean over rows."""
+def _of_rows(metric: Metric, rows: Sequence[float]) -> Metric:
+    """The metric as the mean of its rows, with their standard error if it came without any."""
+    error = standard_error(rows) if metric.stderr is None else metric.stderr
+    return replace(metric, rows=(metric.name,), stderr=error)
+
+
+def _rows(metric: Metric, samples: Sequence[Mapping[str, Any]], blank: float | None) -> list[float]:
+    """What each row scored; empty where the figure is no mean over rows.
+
+    Args:
+        blank: marks rows that the figure is not of.
+    """
     name, _, chosen = metric.name.partition(",")
     values = [
         sample.get(name)
         for sample in sorted(samples, key=lambda sample: sample["doc_id"])
         if sample["filter"] == (chosen or "none")
+        and (blank is None or sample.get(name, blank) != blank)
     ]
     numbers = [float(value) for value in values if isinstance(value, (bool, int, float))]
     if metric.value is None or not numbers or len(numbers) < len(values):
@@ -378,8 +395,6 @@ def _metrics(figures: Mapping[str, Any], higher: Mapping[str, Any]) -> Iterator[
         name, comma, chosen = key.partition(",")
         if not comma or name.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
-        if value == -1:
-            continue  # RULER's mark for a length that was not asked for
         error = figures.get(f"{name}_stderr,{chosen}")
         yield Metric(
             name if chosen == "none" else f"{name},{chosen}",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+from importlib import import_module
 from pathlib import Path
+from statistics import stdev
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +16,17 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (starkv[eval])")
 
 import lm_eval.tasks
 from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from starkv_core.embedded import MODEL_DIR
 from starkv_core.errors import UserError
 from starkv_core.eval import ruler
+from starkv_core.eval.harness import run_task
+from starkv_core.eval.records import Kept
 from starkv_core.eval.taskset import HarnessTask, TaskSet, load_tasks
+from starkv_core.models import load
+from starkv_core.run import dense_subject
 from tests.standin import byte_tokenizer, make_subject
 
 FOLDER = Path(lm_eval.tasks.__file__).parent / "ruler"
@@ -111,3 +119,33 @@ def test_prompts_past_the_models_context_are_refused() -> None:
     task = HarnessTask("ruler_vt", None, "", "", "", 1, lengths=(128, 512))
     with pytest.raises(UserError, match=r"ruler_vt, prompts of 512 tokens \(--lengths\).*is 256"):
         TaskSet((task,)).check_context(make_subject(max_positions=256))
+
+
+def test_every_length_has_rows_of_its_own() -> None:
+    """lm-eval marks rows of other lengths with -1, or leaves out lengths that it does not know."""
+    common = import_module("lm_eval.tasks.ruler.common_utils")
+    lengths = [100, 4096] * 4
+    rows = [{"input": f"Go {i}", "outputs": ["x"], "max_length": n} for i, n in enumerate(lengths)]
+    scores = {f"Go {i}": i // 2 / 4 for i in range(8)}
+
+    def scored(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+        found = common.process_results(doc, results)
+        return found | {str(doc["max_length"]): scores[doc["input"]]}
+
+    definition = load_yaml(FOLDER / "niah_single_1.yaml", resolve_func=False)
+    for key in ("dataset_path", "dataset_name", "tag"):
+        del definition[key]
+    definition["custom_dataset"] = lambda **_: {"test": Dataset.from_list(rows)}
+    definition["process_results"] = scored
+    for metric in definition["metric_list"]:
+        metric["aggregation"] = common.aggregate_metrics
+    definition["doc_to_target"], definition["gen_prefix"] = "x", ""
+    definition["generation_kwargs"]["max_gen_toks"] = 1
+    made = HarnessTask("niah", ConfigurableTask(config=definition), "", "", "", 1, (100, 4096))
+    subject = dense_subject(load(None, device="cpu", dtype="float32"))
+    found = run_task(subject, "dense", made, kept=Kept(None))
+    assert {metric.name for metric in found.metrics} == {"100", "4096"}
+    for metric in found.metrics:
+        assert found.values(metric) == (0.0, 0.25, 0.5, 0.75)
+        assert metric.value == 0.375
+        assert metric.stderr == pytest.approx(stdev((0.0, 0.25, 0.5, 0.75)) / 2)
