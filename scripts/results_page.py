@@ -21,6 +21,7 @@ COLUMNS = (
     "row", "base", "recovery", "cache ratio", "bytes a token", "bits, keys / values", "over dense",
     "windows", "read", "pass-key", "key-value", "prompts",
 )  # fmt: skip
+USUAL_LR = 3e-3  # of recovery; rows with another one say so
 ORDER = ("dense", "star", "paper", "kivi", "rtn")
 RUN_COLUMNS = ("row", "cache ratio", "over dense", "pass-key", "key-value", "set")
 _TABLE = re.compile(r"(<!-- (rows|runs): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -88,7 +89,7 @@ def cells(record: dict[str, Any]) -> list[str]:
     shown = f"{bits['keys']:.2f} / {bits['values']:.2f}" if bits else ""
     return [
         f"`{family(record)}`" if bits else f"`{record['name']}`",
-        f"{base['ratio']:g}" if base else "",
+        f"{base['ratio']:g}{', attended' * (base.get('keys') == 'attended')}" if base else "",
         recovery(base),
         f"{record['ratio']:.2f}",
         f"{record['bytes_per_token']:.0f}",
@@ -105,7 +106,8 @@ def cells(record: dict[str, Any]) -> list[str]:
 def recovery(base: dict[str, Any]) -> str:
     """Steps and tokens of a step that a run recovered by."""
     steps = base.get("recovery_steps", 0)
-    return f"{steps} x {base['batch']} x {base['length']}" if steps else ""
+    rate = f", lr {base['lr']:g}" if base.get("lr", USUAL_LR) != USUAL_LR else ""
+    return f"{steps} x {base['batch']} x {base['length']}{rate}" if steps else ""
 
 
 if __name__ == "__main__":
