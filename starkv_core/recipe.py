@@ -136,6 +136,8 @@ class StartSection:
         values), probed (water-filling by what each layer's error does to the output), fisher (in
         proportion to the gradients of the weights), greedy (by the share of what is left that a row
         takes off) or error (one error of the output in all layers).
+    floor: share of the rank it would have at even ranks that every factorisation starts with at
+        least; for allocation probed and common.
     output_damping: share of the mean added to that weight, as a fraction.
     key_group: key heads per factorisation; 1 is head-wise; 0, or more than there are, is joint: all
         heads of a layer.
@@ -154,6 +156,7 @@ class StartSection:
     output_aware: bool
     allocation: Literal["uniform", "common", "probed", "fisher", "greedy", "error"]
     slack: float = field(metadata={"range": _Range(1, also=0)})
+    floor: float = field(default=0.0, metadata=_FRACTION)
     output_damping: float = field(default=0.3, metadata=_NOT_NEGATIVE)
     key_group: int = field(default=1, metadata=_NOT_NEGATIVE)
     value_group: int = field(default=0, metadata=_NOT_NEGATIVE)

@@ -45,6 +45,28 @@ def best_ranks(groups: Sequence[Sequence[torch.Tensor]], numbers: int) -> list[l
     return [take_best(blocks, total) for blocks, total in zip(groups, totals, strict=True)]
 
 
+def with_floor(
+    groups: Sequence[Sequence[torch.Tensor]], numbers: int, share: float
+) -> list[list[torch.Tensor]]:
+    """Scores for :func:`best_ranks` by which every block keeps a share of its even rank first.
+
+    Args:
+        groups, numbers: as of :func:`best_ranks`.
+        share: 0 to 1, of the ranks that the same share of every full rank would give.
+    """
+    full = sum(len(scores) for blocks in groups for scores in blocks)
+    # One such component is worth more than a step without any.
+    above = ROW_STEP * max(float(scores.max()) for blocks in groups for scores in blocks)
+    return [
+        [
+            torch.cat((scores[:kept] + above, scores[kept:]))
+            for scores in blocks
+            for kept in [int(share * numbers * len(scores) / full)]
+        ]
+        for blocks in groups
+    ]
+
+
 def uniform_ranks(sizes: Sequence[Sequence[int]], numbers: int) -> list[list[int]]:
     """Shares of every group's full rank that are as even as row steps allow; so within groups.
 

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 
 from starkv_core.budget import Budget
-from starkv_core.calibrate.allocation import best_ranks, proportional_ranks, uniform_ranks
+from starkv_core.calibrate.allocation import (
+    best_ranks,
+    proportional_ranks,
+    uniform_ranks,
+    with_floor,
+)
 from starkv_core.calibrate.distill import distillation_loss
 from starkv_core.calibrate.layer_start import LayerStart, approximated
 from starkv_core.calibrate.methods.care import greedy_ranks
@@ -284,7 +289,7 @@ def start_ranks(
             [d.sigma.double().square() * w for d in blocks]
             for blocks, w in zip(groups, weights, strict=True)
         ]
-        return best_ranks(scores, budget.numbers)
+        return best_ranks(with_floor(scores, budget.numbers, recipe.start.floor), budget.numbers)
 
     kind = recipe.start.allocation
     sizes = [[len(d.sigma) for d in blocks] for blocks in groups]

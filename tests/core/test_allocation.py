@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from starkv_core.calibrate.allocation import best_ranks, take_best, uniform_ranks
+from starkv_core.calibrate.allocation import best_ranks, take_best, uniform_ranks, with_floor
 
 
 def blocks(seed: int, sizes: list[int]) -> list[torch.Tensor]:
@@ -28,6 +28,20 @@ def test_best_of_all_rank_maps(seed: int, numbers: int) -> None:
 
     every = [r for r in product(range(1, 4), range(1, 6), range(1, 5)) if sum(r) == numbers]
     assert worth(kept) == pytest.approx(max(map(worth, every)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.75])
+def test_floor_is_kept_and_the_rest_goes_by_worth(share: float) -> None:
+    """Scores of very different heights: without a floor the low groups keep next to nothing."""
+    groups = [[s * 10.0**-i for s in blocks(i, [16, 16])] for i in range(6)]
+    numbers = 96
+    ranks = best_ranks(with_floor(groups, numbers, share), numbers)
+    even = numbers * 16 // (6 * 32)
+    assert all(r >= int(share * even) for group in ranks for r in group)
+    assert sum(map(sum, ranks)) == numbers
+    # Rows of 8: three quarters of the even 16 are two rows in every group, which leaves nothing.
+    assert ranks[0] == ([16, 16] if share < 0.75 else [8, 8])
+    assert (ranks == best_ranks(groups, numbers)) == (share == 0)
 
 
 def test_more_than_there_is_takes_everything() -> None:
