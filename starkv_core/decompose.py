@@ -118,7 +118,7 @@ def attended_metric(query_moment: torch.Tensor) -> torch.Tensor:
     """Metric of one key head: what a key error costs in the scores, by how much it is attended to.
 
     Args:
-        query_moment: ``[D, D]``, :func:`starkv_core.statistics.seen_queries` of the group's heads.
+        query_moment: ``[D, D]``, :func:`starkv_core.attended.seen_queries` of the group's heads.
     """
     moment = query_moment.double()
     # Directions that no query uses still get a share, so that the metric stays invertible.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +37,41 @@ def rows(*, data: str, file: str, **_: Any) -> dict[str, Any]:
     """What lm-eval's ``custom_dataset`` returns: the rows of a file as the split ``test``.
 
     Raises:
-        UserError: a row that is not JSON or lacks a field.
+        UserError: a row that is not JSON or lacks a field; no rows.
+    """
+    return json_rows(
+        Path(data) / file, _fault, lambda row: {name: row[name] for name in _fields(row)}
+    )
+
+
+def json_rows(
+    path: Path, fault: Callable[[Any], str | None], made: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any]:
+    """JSON lines as the split ``test``.
+
+    Args:
+        fault: what is wrong with a row, or None.
+        made: what is kept of a row without a fault.
+
+    Raises:
+        UserError: a line that is not JSON or has a fault; no rows.
     """
     from datasets import Dataset
 
-    path = Path(data) / file
-    found = list(_read(path))
-    if not found:
-        raise UserError(f"{path}: empty; it holds no rows")
-    return {"test": Dataset.from_list(found)}
-
-
-def _read(path: Path) -> Iterator[dict[str, Any]]:
+    found = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
             except ValueError:
                 raise UserError(f"{path}, line {number}: not JSON") from None
-            fault = _fault(row)
-            if fault:
-                raise UserError(f"{path}, line {number}: {fault}")
-            yield {name: row[name] for name in _fields(row)}
+            wrong = fault(row)
+            if wrong:
+                raise UserError(f"{path}, line {number}: {wrong}")
+            found.append(made(row))
+    if not found:
+        raise UserError(f"{path}: empty; it holds no rows")
+    return {"test": Dataset.from_list(found)}
 
 
 def _fields(row: Mapping[str, Any]) -> tuple[str, ...]:

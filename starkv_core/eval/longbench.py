@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from starkv_core.artifacts import read_text
-from starkv_core.errors import UserError
+from starkv_core.eval.local_data import json_rows
 
 _PREFIX = "longbench_"
 
@@ -32,31 +30,16 @@ def rows(*, data: str, file: str, **_: Any) -> dict[str, Any]:
     Raises:
         UserError: a row that is not JSON or lacks a field; no rows.
     """
-    from datasets import Dataset
-
-    path = Path(data) / file
-    found = list(_read(path))
-    if not found:
-        raise UserError(f"{path}: empty; it holds no rows")
-    return {"test": Dataset.from_list(found)}
+    return json_rows(Path(data) / file, _fault, _made)
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                raise UserError(f"{path}, line {number}: not JSON") from None
-            fault = _fault(row)
-            if fault:
-                raise UserError(f"{path}, line {number}: {fault}")
-            yield {
-                "question": row["input"],
-                "context": row["context"],
-                "answers": row["answers"],
-                "all_classes": row.get("all_classes") or [],
-            }
+def _made(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "question": row["input"],
+        "context": row["context"],
+        "answers": row["answers"],
+        "all_classes": row.get("all_classes") or [],
+    }
 
 
 def _fault(row: Any) -> str | None:
