@@ -76,37 +76,31 @@ class Attended:
 
     def __init__(self, loaded: LoadedModel, attention: Any, y: torch.Tensor) -> None:
         spec, family = loaded.spec, loaded.family
-        by_head = (len(y), spec.n_kv_heads, spec.head_dim)
-
-        def of_queries(per_kv_head: torch.Tensor) -> torch.Tensor:
-            return per_kv_head.transpose(0, 1).repeat_interleave(spec.group, 0)
-
-        # Without the bias, which all keys share: beside 200 their spread would round off.
-        self._plain = of_queries(linear(y, attention.k_proj.weight).view(by_head))
-        self._v = of_queries(attention.v_proj(y).view(by_head))
-        k = attention.k_proj(y).view(by_head)
+        self._attention, self._spec, self._y = attention, spec, y
+        k = attention.k_proj(y).unflatten(1, (spec.n_kv_heads, spec.head_dim))
         if family.key_norm(attention) is not None:
             k = attention.k_norm(k)
         self._cos, self._sin = spec.rope.tables(0, len(y), y.device)
         q = family.queries(attention, y[None], spec.head_dim)[0]
-        self._q, self._k = (rotate(x, self._cos, self._sin) for x in (q, of_queries(k)))
-        w_o = attention.o_proj.weight.detach().unflatten(1, (spec.n_heads, spec.head_dim)).float()
-        self._output = torch.einsum("ohd,ohe->hde", w_o, w_o)
-        self._scaling, self._heads = attention.scaling, spec.n_kv_heads
+        self._q, self._k = (rotate(x, self._cos, self._sin) for x in (q, self._of_queries(k)))
         self.rows = torch.arange(0, len(y), -(-len(y) // _QUERIES), device=y.device)
 
     def probabilities(self, rows: torch.Tensor) -> torch.Tensor:
         """float32 ``[H, n, L]``: what the queries in slots ``rows`` attend to."""
-        scores = self._q[:, rows] @ self._k.transpose(1, 2) * self._scaling
+        scores = self._q[:, rows] @ self._k.transpose(1, 2) * self._attention.scaling
         slots = torch.arange(self._k.shape[1], device=rows.device)
         return scores.float().masked_fill(slots > rows[:, None], float("-inf")).softmax(-1)
 
     def moves(self, p: torch.Tensor) -> torch.Tensor:
         """float32 ``[H, n, L]``: ``|u_s|^2``, how far more attention to a slot moves the output."""
-        v = self._v.float()
+        spec, attention = self._spec, self._attention
+        by_head = attention.v_proj(self._y).unflatten(1, (spec.n_kv_heads, spec.head_dim))
+        v = self._of_queries(by_head).float()
+        w_o = attention.o_proj.weight.detach().unflatten(1, (spec.n_heads, spec.head_dim)).float()
+        metric = torch.einsum("ohd,ohe->hde", w_o, w_o)
         o = p @ v
-        weighted = v @ self._output
-        own = (o @ self._output * o).sum(-1, keepdim=True)
+        weighted = v @ metric
+        own = (o @ metric * o).sum(-1, keepdim=True)
         squares = (v * weighted).sum(-1)[:, None] - 2 * o @ weighted.transpose(1, 2) + own
         return squares.clamp_min(0)
 
@@ -126,8 +120,15 @@ class Attended:
         Args:
             p: ``[H, n, L]``, attention of ``rows``.
         """
-        covariance, weight = counted_keys(self._plain, p * self.moves(p))
+        # Without the bias, which all keys share: beside 200 their spread would round off.
+        plain = linear(self._y, self._attention.k_proj.weight)
+        plain = plain.unflatten(1, (self._spec.n_kv_heads, self._spec.head_dim))
+        covariance, weight = counted_keys(self._of_queries(plain), p * self.moves(p))
         return self._summed(covariance), self._summed(weight)
 
+    def _of_queries(self, of_kv_heads: torch.Tensor) -> torch.Tensor:
+        """``[L, H_kv, D]`` as ``[H, L, D]``, once for every query head."""
+        return of_kv_heads.transpose(0, 1).repeat_interleave(self._spec.group, 0)
+
     def _summed(self, of_heads: torch.Tensor) -> torch.Tensor:
-        return of_heads.unflatten(0, (self._heads, -1)).sum(1)
+        return of_heads.unflatten(0, (self._spec.n_kv_heads, -1)).sum(1)
