@@ -9,7 +9,7 @@ grow in place by blocks, and move every stored row alike on beam reorder, batch 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,27 @@ class Step:
     first: torch.Tensor | None
 
 
-class _GrowingLayer(CacheLayerMixin):
+class RowwiseLayer(CacheLayerMixin):
+    """A layer whose rows of the batch move together: beams, repeats and selections."""
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes row ``beam_idx[i]``."""
+        self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times."""
+        self._rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``."""
+        self._rows(lambda t: t[indices.to(t.device)])
+
+    def _rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply ``change`` to every tensor that has a row for each of the batch."""
+        raise NotImplementedError
+
+
+class _GrowingLayer(RowwiseLayer):
     """Two buffers ``[B, slots, width]`` of which the first ``length`` slots are filled.
 
     While ``step`` is set, tokens are written at its slot, nothing grows and all slots are returned.
@@ -177,18 +197,6 @@ class _GrowingLayer(CacheLayerMixin):
         like.is_initialized = True
         like.crop(tokens_to_remove)
         self.length = like.keys.shape[-2]
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes row ``beam_idx[i]``."""
-        self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times."""
-        self._rows(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows ``indices``."""
-        self._rows(lambda t: t[indices.to(t.device)])
 
     def _rows(self, change: Any) -> None:
         if self.is_initialized:

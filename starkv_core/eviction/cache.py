@@ -6,15 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
-from starkv_core.cache import LatentCache, WindowLayer
+from starkv_core.cache import LatentCache, RowwiseLayer, WindowLayer
 from starkv_core.eviction.policy import Policy
 from starkv_core.models.spec import ModelSpec
 from starkv_core.rank_map import RankMap
 
 
-class EvictingLayer(CacheLayerMixin):
+class EvictingLayer(RowwiseLayer):
     """Keys and values of the tokens that stay, and what the method must know of them.
 
     Tokens stand in the order of the text and end at the last slot. Rows that hold fewer than
@@ -144,18 +143,6 @@ class EvictingLayer(CacheLayerMixin):
         self.keys = self.values = None
         self.is_initialized, self.length = False, 0
         self.scores = self.positions = self.seen = self.held = torch.empty(0)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes row ``beam_idx[i]``."""
-        self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times."""
-        self._rows(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows ``indices``."""
-        self._rows(lambda t: t[indices.to(t.device)])
 
     def _rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.is_initialized:

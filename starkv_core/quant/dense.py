@@ -8,15 +8,15 @@ exact values and is coded afterwards, as in KIVI's release.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Final
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
 from starkv_core.budget import slots
-from starkv_core.cache import LatentCache
+from starkv_core.cache import LatentCache, RowwiseLayer
 from starkv_core.errors import UserError
 from starkv_core.run import Subject, dense_of
 
@@ -193,7 +193,7 @@ class _Coded:
         self.scale, self.zero = grown(self.scale, groups), grown(self.zero, groups)
 
 
-class CodedDenseLayer(CacheLayerMixin):
+class CodedDenseLayer(RowwiseLayer):
     """Cache layer of a dense model, coded; see the head of this module."""
 
     is_sliding = False
@@ -260,19 +260,7 @@ class CodedDenseLayer(CacheLayerMixin):
         self.keys = self.values = None
         self.is_initialized = False
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes row ``beam_idx[i]``."""
-        self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times."""
-        self._rows(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows ``indices``."""
-        self._rows(lambda t: t[indices.to(t.device)])
-
-    def _rows(self, change: Any) -> None:
+    def _rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for side in self.sides:
             side.change(change)
 
