@@ -39,7 +39,7 @@ class Tuning:
         default_factory=lambda: {"N": 128, "K": 64, "STAGES": 3, "num_warps": 4}
     )
     mix_3: Mapping[str, int] = field(
-        default_factory=lambda: {"N": 128, "K": 64, "STAGES": 2, "num_warps": 4}
+        default_factory=lambda: {"N": 128, "K": 128, "STAGES": 2, "num_warps": 4}
     )
     band_programs: int = 3
     rebuilt_programs: int = 3
