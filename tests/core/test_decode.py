@@ -266,6 +266,12 @@ def test_a_captured_step_keeps_the_tables_it_reads() -> None:
     assert not any(table() is not None for table in read)
 
 
+def _until_ended(subject: Subject, told: torch.Tensor) -> torch.Tensor:
+    """Bool ``[B, L]``: tokens up to each row's end token; what follows one is padding."""
+    ends = torch.isin(told, torch.tensor(end_tokens(subject), device=told.device))
+    return ends.cumsum(-1) - ends.int() == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("skip", [[], [2]])
 def test_replays_give_the_tokens_of_single_steps(
@@ -299,7 +305,9 @@ def test_replays_give_the_tokens_of_single_steps(
     logits = logits[:, prompt.shape[1] - 1 :].double()
     spread = logits.std(-1)
     chosen = logits.gather(-1, captured.to("cuda")[..., None])[..., 0]
-    assert float(((logits.amax(-1) - chosen) / spread).max()) < NEAR_TIE
+    alive = _until_ended(subject, captured)
+    assert int(alive.sum()) > 2 * 256
+    assert float(((logits.amax(-1) - chosen) / spread)[alive].max()) < NEAR_TIE
     if skip:
         return
     best = logits.topk(2).values
@@ -437,8 +445,7 @@ def test_replayed_steps_code_what_single_steps_code(replays: list[int]) -> None:
             logits.append(subject.model(input_ids=token, past_key_values=single).logits[:, -1])
     found = torch.stack(logits, 1).double()
     short = (found.amax(-1) - found.gather(-1, told[..., None])[..., 0]) / found.std(-1)
-    ends = torch.isin(told, torch.tensor(end_tokens(subject), device="cuda"))
-    alive = ends.cumsum(-1) - ends.int() == 0  # what follows an end is padding
+    alive = _until_ended(subject, told)
     assert int(alive.sum()) > 100
     assert float(short[alive].max()) < NEAR_TIE
     single.reserve(2, 450 + 200, torch.device("cuda"))
