@@ -278,7 +278,7 @@ def _figure(records: list[Record], path: Path) -> None:
 
     first = records[0]
     series = list(dict.fromkeys(series_of(r) for r in records))
-    figure = Figure(figsize=(1.6 + 4.2 * len(series), 4.2), layout="constrained")
+    figure = Figure(figsize=(1.6 + 4.2 * len(series), 4.6), layout="constrained")
     removed = max(r["removed"] for r in records)
     figure.suptitle(
         f"{first['suite']}: {first['shape']}, {removed:.0%} removed{_coded(records)}, "
@@ -296,7 +296,7 @@ def _figure(records: list[Record], path: Path) -> None:
         list(handles.values()),
         list(handles),
         loc="outside lower center",
-        ncols=3 * len(series),
+        ncols=2 * len(series),
         fontsize=8,
     )
     save_png(figure, path)
