@@ -168,6 +168,7 @@ def described(subject: Subject) -> dict[str, Any]:
             "ratio": recipe.budget.ratio,
             "steps": recipe.steps,
             "keys": recipe.start.keys,
+            "floor": recipe.start.floor,
             "recovery_steps": len(recovered),
             "batch": recipe.batch,
             "length": recipe.data.length,

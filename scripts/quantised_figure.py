@@ -20,6 +20,7 @@ from starkv_core.figures import save_png
 
 MARKS = "osD^vP*X"
 TICKS = (0.1, 0.2, 0.4, 1, 2, 4, 10, 20, 40, 100, 200, 400)
+RATIOS = (2, 4, 6, 8, 12, 16, 20)  # marked on the axis
 LEAST = 0.05  # percent: what lies below is shown there
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     right.set_ylabel("answers right, pass-key or key-value, whichever is worse")
     for ax in (left, right):
         ax.set_xlabel("cache ratio, whole cache at 2048 tokens")
-        ax.set_xticks([2, 4, 6, 8, 12, 16, 20])
+        ax.set_xticks([ratio for ratio in RATIOS if ratio < 1.2 * max(r["ratio"] for r in rows)])
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
         ax.grid(alpha=0.3)
     left.legend(fontsize=8)

@@ -1,7 +1,8 @@
-"""Write the tables of a results page anew from the records of quality_rows.
+"""Write the tables of a results page anew from their records.
 
-A table stands between `<!-- rows: FILE -->` and `<!-- end -->`; FILE, beside the page, holds one
-record a line. Rows are quantised caches; `<!-- runs: FILE -->` takes runs of a sweep in 16 bits.
+A table stands between `<!-- KIND: FILE -->` and `<!-- end -->`; FILE, beside the page, holds one
+record a line. `rows` are quantised caches and `runs` runs in 16 bits, both of quality_rows;
+`methods` and `tasks` are rows of command_sweep, all their figures and those of the zero-shot tasks.
 
     python scripts/results_page.py docs/results/quantised.md
 """
@@ -9,6 +10,7 @@ record a line. Rows are quantised caches; `<!-- runs: FILE -->` takes runs of a 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -24,7 +26,15 @@ COLUMNS = (
 USUAL_LR = 3e-3  # of recovery; rows with another one say so
 ORDER = ("dense", "star", "paper", "kivi", "rtn")
 RUN_COLUMNS = ("row", "cache ratio", "over dense", "pass-key", "key-value", "set")
-_TABLE = re.compile(r"(<!-- (rows|runs): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+METHOD_COLUMNS = (
+    "row", "tokens trained on", "calibration, s", "cache ratio", "perplexity", "over dense",
+    "token by token", "over dense", "zero-shot mean", "pass-key", "key-value",
+)  # fmt: skip
+ZERO_SHOT = {  # the figure that the paper takes of each
+    "piqa": "acc", "winogrande": "acc", "arc_easy": "acc", "arc_challenge": "acc_norm",
+    "openbookqa": "acc_norm", "hellaswag": "acc_norm",
+}  # fmt: skip
+_TABLE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -33,7 +43,7 @@ def main() -> None:
     def filled(found: re.Match[str]) -> str:
         lines = (page.parent / found[3]).read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
-        return found[1] + (table if found[2] == "rows" else runs_table)(records) + found[4]
+        return found[1] + TABLES[found[2]](records) + found[4]
 
     write_text_atomic(page, _TABLE.sub(filled, page.read_text(encoding="utf-8")))
 
@@ -48,6 +58,81 @@ def runs_table(records: list[dict[str, Any]]) -> str:
     made = [record for record in records if "plan" in record]
     made.sort(key=lambda record: (round(record["ratio"], 1), record["increase"]))
     return lined(RUN_COLUMNS, [run_cells(record) for record in made])
+
+
+def methods_table(records: list[dict[str, Any]]) -> str:
+    """Rows of a sweep of commands, every figure with its paired difference from dense."""
+    return lined(METHOD_COLUMNS, [method_cells(record) for record in sorted(records, key=rank)])
+
+
+def tasks_table(records: list[dict[str, Any]]) -> str:
+    """The six zero-shot tasks of the rows that have them."""
+    made = [(record["name"], figures(record)) for record in sorted(records, key=rank)]
+    rows = [
+        [name, *(shown(found, task, metric) for task, metric in ZERO_SHOT.items())]
+        for name, found in made
+        if ("piqa", "acc", "prefill") in found
+    ]
+    counts = {key[0]: figure["n"] for _, found in made for key, figure in found.items()}
+    return lined(("row", *(f"{task} ({counts[task]})" for task in ZERO_SHOT)), rows)
+
+
+def rank(record: dict[str, Any]) -> float:
+    """Perplexity of one pass, which rows are ordered by; those without come last."""
+    figure = figures(record).get(("perplexity", "ppl", "prefill"))
+    return math.inf if figure is None else float(figure["value"])
+
+
+def method_cells(record: dict[str, Any]) -> list[str]:
+    """One row of a table of methods."""
+    found, made = figures(record), record.get("calibration")
+    return [
+        record["name"],
+        f"{made['tokens']:,}" if made and made["tokens"] else "",
+        f"{made['seconds']:.0f}" if made else "",
+        f"{record['columns'][0]['cache']['ratio']:.2f}",
+        *(text for path in ("prefill", "decode") for text in perplexity(found, path)),
+        *(
+            shown(found, *key)
+            for key in (
+                ("zero-shot", "mean"),
+                ("passkey", "acc", "decode"),
+                ("kv", "acc", "decode"),
+            )
+        ),
+    ]
+
+
+Figures = dict[tuple[str, str, str], dict[str, Any]]
+
+
+def figures(record: dict[str, Any]) -> Figures:
+    """Figures of a row's own column by task, metric and path."""
+    column = record["columns"][0]["figures"]
+    return {(figure["task"], figure["metric"], figure["path"]): figure for figure in column}
+
+
+def perplexity(found: Figures, path: str) -> tuple[str, str]:
+    """Perplexity, and how much it is over dense in percent, with half of the 95% interval."""
+    figure = found.get(("perplexity", "ppl", path))
+    if figure is None:
+        return "", ""
+    value, apart = figure["value"], figure["difference"]
+    if apart is None:
+        return f"{value:.2f}", ""
+    dense = value - apart["value"]
+    half = "" if apart["half"] is None else f" ± {apart['half'] / dense:.1%}"
+    return f"{value:.2f}", f"{apart['value'] / dense:+.1%}{half}"
+
+
+def shown(found: Figures, task: str, metric: str, path: str = "prefill") -> str:
+    """A share of right answers in percent; a difference from dense in points behind it."""
+    figure = found.get((task, metric, path))
+    if figure is None:
+        return ""
+    apart = figure["difference"]
+    behind = f" ({100 * apart['value']:+.1f} ± {100 * apart['half']:.1f})" if apart else ""
+    return f"{100 * figure['value']:.1f}{behind}"
 
 
 def lined(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -89,7 +174,7 @@ def cells(record: dict[str, Any]) -> list[str]:
     shown = f"{bits['keys']:.2f} / {bits['values']:.2f}" if bits else ""
     return [
         f"`{family(record)}`" if bits else f"`{record['name']}`",
-        f"{base['ratio']:g}{', attended' * (base.get('keys') == 'attended')}" if base else "",
+        start(base) if base else "",
         recovery(base),
         f"{record['ratio']:.2f}",
         f"{record['bytes_per_token']:.0f}",
@@ -103,11 +188,24 @@ def cells(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def start(base: dict[str, Any]) -> str:
+    """Cache ratio of a base run, and what its start has of today's default."""
+    parts = [f"{base['ratio']:g}"]
+    if base.get("keys") == "attended":
+        parts.append("attended")
+    if base.get("floor"):
+        parts.append("floor")
+    return ", ".join(parts)
+
+
 def recovery(base: dict[str, Any]) -> str:
     """Steps and tokens of a step that a run recovered by."""
     steps = base.get("recovery_steps", 0)
     rate = f", lr {base['lr']:g}" if base.get("lr", USUAL_LR) != USUAL_LR else ""
     return f"{steps} x {base['batch']} x {base['length']}{rate}" if steps else ""
+
+
+TABLES = {"rows": table, "runs": runs_table, "methods": methods_table, "tasks": tasks_table}
 
 
 if __name__ == "__main__":

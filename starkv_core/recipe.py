@@ -267,6 +267,7 @@ _METHOD_DEFAULTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
             "center": True,
             "output_aware": True,
             "allocation": "probed",
+            "floor": 0.75,
             "slack": 1.25,
         },
         "optim": {
