@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from starkv_core.artifacts import read_manifest, write_text_atomic
-from starkv_core.errors import StarkvError
 from starkv_core.eval.compare import compare
 from starkv_core.provenance import git_commit, hardware, versions
 from starkv_core.run import is_run
@@ -44,8 +43,20 @@ TAIL = 1500  # characters of a failed command's output that are shown
 
 def expanded(command: str, words: dict[str, str]) -> list[str]:
     """The command line of a row's command."""
-    text = re.sub(r"\b[A-Z]{3,}\b", lambda found: words.get(found[0], found[0]), command)
-    return [sys.executable, "-m", "starkv_cli", *shlex.split(text)]
+    parts = [
+        re.sub(r"\b[A-Z]{3,}\b", lambda found: words.get(found[0], found[0]), part)
+        for part in shlex.split(command)
+    ]
+    return [sys.executable, "-m", "starkv_cli", *parts]
+
+
+def started(line: list[str], gpu: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end on a GPU; TimeoutExpired after so long."""
+    env = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+    return subprocess.run(
+        line, env=env, timeout=seconds, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, check=False,
+    )  # fmt: skip
 
 
 class Sweep:
@@ -76,7 +87,6 @@ class Sweep:
     def commands(self, row: dict[str, Any], gpu: str) -> None:
         out = self.work / row["name"]
         shutil.rmtree(out, ignore_errors=True)  # of an attempt that was ended
-        env = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
         taken = []
         for command in row["commands"]:
             left, began = self.ends - time.monotonic(), time.monotonic()
@@ -84,10 +94,7 @@ class Sweep:
                 return
             line = expanded(command, self.words | {"RUN": str(out)})
             try:
-                done = subprocess.run(
-                    line, env=env, timeout=left, text=True, stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT, check=False,
-                )  # fmt: skip
+                done = started(line, gpu, left)
             except subprocess.TimeoutExpired:
                 return
             taken.append(time.monotonic() - began)
@@ -114,11 +121,9 @@ def collected(rows: list[dict[str, Any]], work: Path) -> list[dict[str, Any]]:
         record |= json.loads((work / name / DONE).read_text(encoding="utf-8"))
         if is_run(work / name):
             record["calibration"] = read_manifest(work / name)["calibration"]
-    try:
-        found = compare([str(work / name) for name in records]).to_dict()
-    except StarkvError as error:
-        sys.stderr.write(f"nothing to compare: {error}\n")
-        return []
+    found = (
+        compare([str(work / name) for name in records]).to_dict() if records else {"columns": []}
+    )
     for column in found["columns"]:
         label = str(column["label"])
         source = "dense" if label == "dense" else Path(label.split(", ")[0]).name

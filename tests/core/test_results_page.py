@@ -95,6 +95,51 @@ def test_runs_are_sorted_at_each_ratio(tmp_path: Path, monkeypatch: pytest.Monke
     ]
 
 
+def _figure(task: str, metric: str, value: float, apart: float | None, **rest: Any) -> Any:
+    difference = None if apart is None else {"value": apart, "half": 0.02, "paired": True}
+    about = {"path": "prefill", "n": 500, "difference": difference}
+    return {"task": task, "metric": metric, "value": value, **about, **rest}
+
+
+def test_methods_come_by_perplexity_with_differences_from_dense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(name: str, ppl: float, apart: float | None, **rest: Any) -> dict[str, Any]:
+        figures = [
+            _figure("perplexity", "ppl", ppl, apart),
+            _figure("passkey", "acc", 0.9, None if apart is None else -0.1, path="decode"),
+            *(_figure(task, metric, 0.5, None) for task, metric in results_page.ZERO_SHOT.items()),
+        ]
+        return {"name": name, "columns": [{"cache": {"ratio": 2.0}, "figures": figures}], **rest}
+
+    kivi = _figure("perplexity", "ppl", 30.0, None, path="decode")
+    made = [
+        {"name": "kivi-2", "columns": [{"cache": {"ratio": 4.0}, "figures": [kivi]}]},
+        row("palu", 25.0, 5.0, calibration={"tokens": 0, "seconds": 8.6}),
+        row("star", 21.0, 1.0, calibration={"tokens": 983040, "seconds": 118.1}),
+        row("dense", 20.0, None),
+    ]
+    page = tmp_path / "page.md"
+    marks = [f"<!-- {kind}: r.jsonl -->\n<!-- end -->\n" for kind in ("methods", "tasks")]
+    write_text_atomic(page, "".join(marks))
+    write_text_atomic(tmp_path / "r.jsonl", "".join(json.dumps(r) + "\n" for r in made))
+    monkeypatch.setattr(sys, "argv", ["results_page.py", str(page)])
+    results_page.main()
+    methods, tasks = page.read_text(encoding="utf-8").split("<!-- end -->\n")[:2]
+    assert methods.splitlines()[3:] == [
+        "| dense |  |  | 2.00 | 20.00 |  |  |  |  | 90.0 |  |",
+        "| star | 983,040 | 118 | 2.00 | 21.00 | +5.0% ± 0.1% |  |  |  | 90.0 (-10.0 ± 2.0) |  |",
+        "| palu |  | 9 | 2.00 | 25.00 | +25.0% ± 0.1% |  |  |  | 90.0 (-10.0 ± 2.0) |  |",
+        "| kivi-2 |  |  | 4.00 |  |  | 30.00 |  |  |  |  |",
+    ]
+    assert [line.split(" |")[0] for line in tasks.splitlines()[3:]] == [
+        "| dense",
+        "| star",
+        "| palu",
+    ]
+    assert "| openbookqa (500) |" in tasks.splitlines()[1]
+
+
 def test_a_curve_goes_through_the_best_row_of_a_ratio() -> None:
     found = quantised_figure.curves(RECORDS)
     assert {name: [row["name"] for row in rows] for name, rows in found.items()} == {

@@ -1,0 +1,91 @@
+"""Sweeps of commands: words and folders, what fails, what goes on, what is collected."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import command_sweep
+from starkv_core.eval.records import Metric, Record
+
+PLAN = {
+    "rows": [
+        {"name": "dense", "commands": ["eval MODEL --out RUN"]},
+        {"name": "star", "commands": ["calibrate --model MODEL --out RUN", "eval RUN"]},
+        {"name": "bad", "commands": ["eval RUN --no-such-option"]},
+    ]
+}
+
+
+def _report(folder: Path, subject: str, value: float) -> None:
+    """What ``starkv eval`` leaves in a run of ``subject``."""
+    record = Record(
+        task="perplexity",
+        subject=subject,
+        path="prefill",
+        n=4,
+        metrics=(Metric("ppl", value, better="lower"),),
+        data={"source": "text", "sha256": "d" * 64},
+        run=folder.name,
+        versions={},
+        options={"window": 8},
+    ).to_dict()
+    document = {
+        "schema": 1,
+        "kind": "eval",
+        "created": "1",
+        "results": [record],
+        "groups": {},
+        subject: {"cache": {"rows": 1, "tokens": 8, "held": 800, "dense": 800}},
+    }
+    (folder / "results").mkdir(parents=True)
+    (folder / "results/eval-1.json").write_text(json.dumps(document))
+
+
+def test_rows_are_run_once_and_collected_in_the_plans_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines: list[list[str]] = []
+
+    def started(line: list[str], *_: Any) -> subprocess.CompletedProcess[str]:
+        assert line[:3] == [sys.executable, "-m", "starkv_cli"]
+        lines.append(line[3:])
+        folder = tmp_path / "work" / ("dense" if "--out" in line and "eval" in line else "star")
+        if "--no-such-option" in line:
+            return subprocess.CompletedProcess(line, 2, "no such option", None)
+        if line[3] == "eval":
+            dense = folder.name == "dense"
+            _report(folder, "dense" if dense else "compressed", 20.0 if dense else 21.0)
+        return subprocess.CompletedProcess(line, 0, "", None)
+
+    monkeypatch.setattr(command_sweep, "started", started)
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    plan, out, work = (str(tmp_path / name) for name in ("plan.json", "rows.jsonl", "work"))
+    monkeypatch.setattr(
+        sys, "argv", ["sweep", plan, out, "--work", work, "--define", "MODEL=my model"]
+    )
+    command_sweep.main()
+    assert lines[:3] == [
+        ["eval", "my model", "--out", f"{work}/dense"],
+        ["calibrate", "--model", "my model", "--out", f"{work}/star"],
+        ["eval", f"{work}/star"],
+    ]
+    assert "bad failed" in (told := capsys.readouterr().err) and "no such option" in told
+    rows = [json.loads(line) for line in Path(out).read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["dense", "star"]
+    assert rows[1]["commands"] == PLAN["rows"][1]["commands"]
+    (figure,) = rows[1]["columns"][0]["figures"]
+    assert figure["value"] == 21.0 and figure["difference"]["value"] == 1.0
+
+    lines.clear()
+    command_sweep.main()  # only what is missing
+    assert lines == [["eval", f"{work}/bad", "--no-such-option"]]
+    assert [json.loads(line)["name"] for line in Path(out).read_text().splitlines()] == [
+        "dense",
+        "star",
+    ]
