@@ -22,6 +22,8 @@ def write_codes(side: Coded, codec: Codec, start: int, rows: torch.Tensor) -> No
     """Quantise ``rows [B, L, R]``, as stored, into the slots from ``start`` on."""
     codes, scales = codec.quantise(rows)
     pack(codes, start, side.codes, codec.layout)
+    if not codec.layout.scales:
+        return
     slots = torch.arange(start, start + rows.shape[1], device=rows.device)
     side.scales[:, slots // TILE, :, slots % TILE] = scales.transpose(0, 1)
 

@@ -72,16 +72,38 @@ class Codec:
             return (count - 1) / 2, torch.zeros_like(count), count - 1
         return count / 2, torch.ones_like(count), count - 1
 
+    @cached_property
+    @torch.inference_mode(False)
+    def groups(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Int64 ``[K, widest]``: channels of each scale group, then R; float64 ``[K]``: counts."""
+        counts = torch.tensor(self.layout.groups, dtype=torch.int64)
+        lane = torch.arange(max(self.layout.groups, default=0))
+        index = (counts.cumsum(0) - counts)[:, None] + lane
+        index = torch.where(lane < counts[:, None], index, self.layout.channels)
+        return index.to(self.step.device), counts.double().to(self.step.device)
+
+    @cached_property
+    @torch.inference_mode(False)
+    def group_of(self) -> torch.Tensor:
+        """Int64 ``[R]``: the scale group of each channel."""
+        counts = torch.tensor(self.layout.groups)
+        return torch.arange(len(counts)).repeat_interleave(counts).to(self.step.device)
+
     def quantise(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes uint8 ``[..., R]`` and scales fp16 ``[..., K]`` of ``x [..., R]`` as stored."""
-        scales = measure(x, self.weight, self.layout.groups, self.measure)
-        zero, least, most = self.levels
-        codes = encode(x, self.inverse, scales, self.layout.groups, zero, least, most)
+        scales = measure(x, self.weight, *self.groups, self.measure)
+        codes = encode(x, self.inverse, self._per_channel(scales), *self.levels)
         return codes, scales
 
     def dequantise(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Float32 ``[..., R]`` of codes uint8 ``[..., R]`` and scales fp16 ``[..., K]``."""
-        return decode(codes, self.step, scales, self.layout.groups, self.levels[0])
+        return decode(codes, self.step, self._per_channel(scales), self.levels[0])
+
+    def _per_channel(self, scales: torch.Tensor) -> torch.Tensor | None:
+        """Float32 scales ``[..., K]`` of groups as ``[..., R]`` or ``[..., 1]``; None without."""
+        if self.layout.scales < 2:
+            return scales.float() if self.layout.scales else None
+        return scales.float()[..., self.group_of]
 
     def same(self, other: Codec) -> bool:
         """Whether codes of the one are codes of the other."""

@@ -145,6 +145,17 @@ class CodeLayout:
         return tile, n, torch.where(later, u - LANES, LANES - 1 - u)
 
 
+def lanes(side: Side, rows: torch.Tensor) -> torch.Tensor:
+    """Slots of tiles, ``[B, tiles, TILE, C]``, by ``(n, j)``: ``[B, tiles, 8, ..., C]``.
+
+    j is one dimension of :data:`LANES`, or two of 32 and 2.
+    """
+    if side == "value":
+        return rows.unflatten(2, (8, 2, 32)).transpose(3, 4)
+    earlier, later = rows.unflatten(2, (4, 2, LANES)).unbind(3)
+    return torch.stack((later, earlier.flip(3)), dim=3).flatten(2, 3)
+
+
 def tiles(tokens: int) -> int:
     """Tiles that hold ``tokens`` slots."""
     return -(-tokens // TILE)

@@ -7,43 +7,46 @@ nothing to their order.
 
 from __future__ import annotations
 
-import torch
+from functools import lru_cache
 
-from triton_ops.latent_codes.layout import LANES, TILE, CodeLayout, Plane
+import torch
+from torch.nn import functional as F
+
+from triton_ops.latent_codes.layout import LANES, TILE, CodeLayout, Plane, Side, lanes, tiles
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # positive numbers of fp16: a scale is never 0 or infinite
 
 
 def measure(
-    x: torch.Tensor, weight: torch.Tensor, groups: tuple[int, ...], kind: str
+    x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, counts: torch.Tensor, kind: str
 ) -> torch.Tensor:
     """Scale of every token and group: ``rms`` or ``absmax`` of ``x * weight``.
 
     Args:
         x: ``[..., R]`` as stored.
         weight: float32 ``[R]``.
-        groups: channels that share a scale.
+        index: int64 ``[K, widest]``, the channels of each group, then R.
+        counts: float64 ``[K]``, how many they are.
 
     Returns:
         Fp16 ``[..., K]``, rounded from float32.
     """
-    if not groups:
+    if not len(index):
         return x.new_zeros(*x.shape[:-1], 0, dtype=torch.float16)
-    found = []
-    for part in (x.float() * weight).split(groups, dim=-1):
-        if kind == "rms":
-            found.append(part.double().square().mean(-1).sqrt())
-        else:
-            found.append(part.abs().amax(-1).double())
-    scales = torch.stack(found, dim=-1).float()
+    weighted = x.float() * weight
+    # All groups at once, however many: they are filled up with zeros, which change no result.
+    parts = weighted[..., None, :] if len(index) == 1 else F.pad(weighted, (0, 1))[..., index]
+    if kind == "rms":
+        scales = (parts.double().square_().sum(-1) / counts).sqrt().float()
+    else:
+        scales = parts.abs().amax(-1)
     return scales.clamp(SMALLEST, LARGEST).half()
 
 
 def encode(
     x: torch.Tensor,
     inverse: torch.Tensor,
-    scales: torch.Tensor,
-    groups: tuple[int, ...],
+    scales: torch.Tensor | None,
     zero: torch.Tensor,
     least: torch.Tensor,
     most: torch.Tensor,
@@ -53,32 +56,21 @@ def encode(
     Args:
         x: ``[..., R]`` as stored.
         inverse: float32 ``[R]``, ``1 / s_c``.
-        scales: fp16 ``[..., K]``, g.
+        scales: float32 ``[..., R]`` or ``[..., 1]``, g; None is 1.
         zero, least, most: float32 ``[R]``.
     """
-    levels = x.float() * inverse / _per_channel(scales, groups) + zero
-    return torch.minimum(torch.maximum(levels.round(), least), most).to(torch.uint8)
+    levels = x.float() * inverse
+    if scales is not None:
+        levels /= scales
+    return levels.add_(zero).round_().clamp_(least, most).to(torch.uint8)
 
 
 def decode(
-    codes: torch.Tensor,
-    step: torch.Tensor,
-    scales: torch.Tensor,
-    groups: tuple[int, ...],
-    zero: torch.Tensor,
+    codes: torch.Tensor, step: torch.Tensor, scales: torch.Tensor | None, zero: torch.Tensor
 ) -> torch.Tensor:
     """``(code - zero) * s_c * g``, float32 ``[..., R]``; arguments as :func:`encode` has them."""
-    return (codes.float() - zero) * step * _per_channel(scales, groups)
-
-
-def _per_channel(scales: torch.Tensor, groups: tuple[int, ...]) -> torch.Tensor:
-    """Float32 scales ``[..., K]`` of groups as ``[..., R]``; 1 where there is none."""
-    if not groups:
-        return torch.ones((), device=scales.device)
-    if len(groups) == 1:
-        return scales.float()
-    counts = torch.tensor(groups, device=scales.device)
-    return scales.float().repeat_interleave(counts, dim=-1, output_size=sum(groups))
+    numbers = (codes.float() - zero).mul_(step)
+    return numbers if scales is None else numbers.mul_(scales)
 
 
 def pack(codes: torch.Tensor, start: int, buffer: torch.Tensor, layout: CodeLayout) -> None:
@@ -90,20 +82,44 @@ def pack(codes: torch.Tensor, start: int, buffer: torch.Tensor, layout: CodeLayo
     Raises:
         ValueError: shapes that do not fit.
     """
-    length = codes.shape[1]
-    _check(codes.shape[0], codes.shape[2], start, start + length, buffer, layout)
-    tile, n, j = layout.place(torch.arange(start, start + length, device=codes.device))
+    stop = start + codes.shape[1]
+    _check(codes.shape[0], codes.shape[2], start, stop, buffer, layout)
+    first, last = start // TILE, tiles(stop)
+    before = start - first * TILE
+    whole = F.pad(codes, (0, 0, before, last * TILE - stop))
+    by_lane = lanes(layout.side, whole.unflatten(1, (last - first, TILE)))
+    others = _others(layout.side, before, codes.shape[1], buffer.device)
     for plane in layout.planes:
-        view = _view(buffer, plane, layout)
-        bits = codes[..., plane.first : plane.first + plane.channels] >> plane.low
-        bits = bits & (2**plane.width - 1)
-        # Tokens of one n never share a byte.
-        for number in range(8) if length > 1 else n.tolist():
-            own = (n == number).nonzero()[:, 0]
-            row, shift = divmod(number * plane.width, 8)
-            place = tile[own], row, j[own]
-            kept = view[:, place[0], place[1], place[2]] & ~((2**plane.width - 1) << shift) % 256
-            view[:, place[0], place[1], place[2]] = kept | bits[:, own] << shift
+        part = by_lane[..., plane.first : plane.first + plane.channels]
+        held = _view(buffer, plane, layout)[:, first:last]
+        held &= others[plane.width]
+        held |= _bytes(part, plane.low, plane.width)
+
+
+def _bytes(codes: torch.Tensor, low: int, width: int) -> torch.Tensor:
+    """Bytes ``[B, tiles, width, LANES, C]`` of ``width`` bits from bit ``low`` of codes by lane.
+
+    Tokens of a byte are neighbours in n, so neighbours join until bytes are full.
+    """
+    bits = codes >> low if low else codes
+    bits = bits & (2**width - 1)
+    while bits.shape[2] > width:
+        bits = bits[:, :, 0::2].add(bits[:, :, 1::2], alpha=2 ** (8 // bits.shape[2] * width))
+    return bits.flatten(3, -2)
+
+
+@lru_cache(maxsize=16)  # all layers store a prompt in the same slots
+@torch.inference_mode(False)
+def _others(side: Side, before: int, length: int, device: torch.device) -> dict[int, torch.Tensor]:
+    """Where bits of other slots lie than of ``length`` in a row, ``before`` slots into a tile.
+
+    Returns:
+        By width of the plane: uint8 ``[1, tiles, width, LANES, 1]``.
+    """
+    slots = torch.arange(tiles(before + length) * TILE, device=device)
+    others = (slots < before) | (slots >= before + length)
+    by_lane = lanes(side, others.to(torch.uint8).neg_().view(1, -1, TILE, 1))
+    return {width: _bytes(by_lane, 0, width) for width in (1, 2, 4, 8)}
 
 
 def unpack(buffer: torch.Tensor, layout: CodeLayout, start: int, stop: int) -> torch.Tensor:
