@@ -134,16 +134,6 @@ class CodeLayout:
         each = torch.tensor([s.bits for s in self.sections], device=device)
         return each.repeat_interleave(counts)
 
-    def place(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tile, ``n`` and ``j`` of int64 ``slots``."""
-        tile, t = slots // TILE, slots % TILE
-        if self.side == "value":
-            return tile, t // LANES, 2 * (t % 32) + t % LANES // 32
-        pair, u = t // (2 * LANES), t % (2 * LANES)
-        later = u >= LANES
-        n = 2 * pair + (~later).long()
-        return tile, n, torch.where(later, u - LANES, LANES - 1 - u)
-
 
 def lanes(side: Side, rows: torch.Tensor) -> torch.Tensor:
     """Slots of tiles, ``[B, tiles, TILE, C]``, by ``(n, j)``: ``[B, tiles, 8, ..., C]``.
@@ -154,6 +144,14 @@ def lanes(side: Side, rows: torch.Tensor) -> torch.Tensor:
         return rows.unflatten(2, (8, 2, 32)).transpose(3, 4)
     earlier, later = rows.unflatten(2, (4, 2, LANES)).unbind(3)
     return torch.stack((later, earlier.flip(3)), dim=3).flatten(2, 3)
+
+
+def slots(side: Side, by_lane: torch.Tensor) -> torch.Tensor:
+    """``[B, tiles, 8, LANES, C]`` by ``(n, j)`` in the order of slots; undoes :func:`lanes`."""
+    if side == "value":
+        return by_lane.unflatten(3, (32, 2)).transpose(3, 4).flatten(2, 4)
+    later, earlier = by_lane.unflatten(2, (4, 2)).unbind(3)
+    return torch.stack((earlier.flip(3), later), dim=3).flatten(2, 4)
 
 
 def tiles(tokens: int) -> int:

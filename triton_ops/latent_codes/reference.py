@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
-from triton_ops.latent_codes.layout import LANES, TILE, CodeLayout, Plane, Side, lanes, tiles
+from triton_ops.latent_codes.layout import LANES, TILE, CodeLayout, Plane, Side, lanes, slots, tiles
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # positive numbers of fp16: a scale is never 0 or infinite
 
@@ -116,8 +116,8 @@ def _others(side: Side, before: int, length: int, device: torch.device) -> dict[
     Returns:
         By width of the plane: uint8 ``[1, tiles, width, LANES, 1]``.
     """
-    slots = torch.arange(tiles(before + length) * TILE, device=device)
-    others = (slots < before) | (slots >= before + length)
+    slot = torch.arange(tiles(before + length) * TILE, device=device)
+    others = (slot < before) | (slot >= before + length)
     by_lane = lanes(side, others.to(torch.uint8).neg_().view(1, -1, TILE, 1))
     return {width: _bytes(by_lane, 0, width) for width in (1, 2, 4, 8)}
 
@@ -125,14 +125,15 @@ def _others(side: Side, before: int, length: int, device: torch.device) -> dict[
 def unpack(buffer: torch.Tensor, layout: CodeLayout, start: int, stop: int) -> torch.Tensor:
     """Codes uint8 ``[B, L, R]`` of slots ``start .. stop - 1``; the inverse of :func:`pack`."""
     _check(buffer.shape[0], layout.channels, start, stop, buffer, layout)
-    codes = buffer.new_zeros(buffer.shape[0], stop - start, layout.channels)
-    tile, n, j = layout.place(torch.arange(start, stop, device=buffer.device))
+    first, last = start // TILE, tiles(stop)
+    codes = buffer.new_zeros(buffer.shape[0], last - first, 8, LANES, layout.channels)
     for plane in layout.planes:
-        bits = n * plane.width
-        held = _view(buffer, plane, layout)[:, tile, bits // 8, j]
-        held = held >> (bits % 8).to(torch.uint8)[:, None] & (2**plane.width - 1)
-        codes[..., plane.first : plane.first + plane.channels] |= held << plane.low
-    return codes
+        shifts = torch.arange(0, 8, plane.width, dtype=torch.uint8, device=buffer.device)
+        held = _view(buffer, plane, layout)[:, first:last, :, None]
+        bits = (held >> shifts[:, None, None] & (2**plane.width - 1)).flatten(2, 3)
+        # Bits of other planes are 0 there: to add is to set.
+        codes[..., plane.first : plane.first + plane.channels].add_(bits, alpha=2**plane.low)
+    return slots(layout.side, codes).flatten(1, 2)[:, start - first * TILE : stop - first * TILE]
 
 
 def _view(buffer: torch.Tensor, plane: Plane, layout: CodeLayout) -> torch.Tensor:
