@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from tests.coded_case import codec, quantised, read_bits
+from tests.coded_case import bit_places, codec, quantised, read_bits
 from triton_ops.latent_codes import TILE, Codec, CodeLayout, LayerCodes, Section, pack, unpack
 
 SIDES = ["key", "value"]
@@ -38,17 +38,19 @@ def buffer(made: CodeLayout, batch: int, tiles: int, fill: int = 0) -> torch.Ten
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
-@pytest.mark.parametrize(("start", "length"), [(0, 1), (500, 27), (63, 131), (0, TILE)])
+@pytest.mark.parametrize(
+    ("start", "length"), [(0, 1), (500, 27), (63, 131), (0, TILE), (300, 1100)]
+)
 def test_every_bit_lies_where_the_layout_says(
     side: str, mix: list[tuple[int, int]], start: int, length: int
 ) -> None:
     made = layout(side, mix)
-    codes, held = draw(made, 2, length), buffer(made, 2, 2)
+    codes, held = draw(made, 2, length), buffer(made, 2, 3)
     pack(codes, start, held, made)
     slots = sorted({0, length // 2, length - 1, *range(0, length, 37)})
     assert torch.equal(read_bits(held, made, [start + s for s in slots]), codes[:, slots])
     assert torch.equal(unpack(held, made, start, start + length), codes)
-    others = [s for s in (start - 1, start + length) if 0 <= s < 2 * TILE]
+    others = [s for s in (start - 1, start + length) if 0 <= s < 3 * TILE]
     assert not read_bits(held, made, others).any()
 
 
@@ -67,15 +69,18 @@ def test_tokens_one_by_one_are_those_packed_at_once(side: str, mix: list[tuple[i
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 def test_overwriting_leaves_every_other_bit(side: str, mix: list[tuple[int, int]]) -> None:
-    """As after a crop; the buffer starts full of ones, so that a missing mask shows."""
+    """As after a crop; of other slots and of the padding."""
     made = layout(side, mix)
-    held = buffer(made, 1, 2, fill=255)
-    before, after = draw(made, 1, 2 * TILE), draw(made, 1, 101, seed=1)
-    pack(before, 0, held, made)
-    pack(after, 455, held, made)
-    wanted = before.clone()
-    wanted[:, 455:556] = after
-    assert torch.equal(unpack(held, made, 0, 2 * TILE), wanted)
+    held = torch.randint(256, (2, 3, made.tile_bytes), dtype=torch.uint8)
+    before, codes, slots = held.clone(), draw(made, 2, 601), range(455, 1056)
+    pack(codes, 455, held, made)
+    own = [[0] * made.tile_bytes for _ in range(3)]
+    for slot in slots:
+        for byte, bit in itertools.chain(*bit_places(made, slot)):
+            own[slot // TILE][byte] |= 1 << bit
+    others = ~torch.tensor(own, dtype=torch.uint8)
+    assert torch.equal(held & others, before & others)
+    assert torch.equal(read_bits(held, made, slots[::25]), codes[:, ::25])
 
 
 def test_a_tile_is_as_small_as_its_bits() -> None:
