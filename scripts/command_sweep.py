@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -125,10 +126,20 @@ def collected(rows: list[dict[str, Any]], work: Path) -> list[dict[str, Any]]:
         compare([str(work / name) for name in records]).to_dict() if records else {"columns": []}
     )
     for column in found["columns"]:
-        label = str(column["label"])
-        source = "dense" if label == "dense" else Path(label.split(", ")[0]).name
-        records[source].setdefault("columns", []).append(column)
+        name = row_of(str(column["label"]), list(records), work)
+        if name is not None:
+            records[name].setdefault("columns", []).append(column)
     return list(records.values())
+
+
+def row_of(label: str, names: Sequence[str], work: Path) -> str | None:
+    """The row of a column, whose label is `dense`, a row's folder or that, a comma and a cache.
+
+    None for a dense model that only rows of caches have asked. Names may hold commas too.
+    """
+    if label == "dense":
+        return label if label in names else None
+    return max((n for n in names if f"{label}, ".startswith(f"{work / n}, ")), key=len)
 
 
 def main() -> None:

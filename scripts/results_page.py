@@ -62,12 +62,12 @@ def runs_table(records: list[dict[str, Any]]) -> str:
 
 def methods_table(records: list[dict[str, Any]]) -> str:
     """Rows of a sweep of commands, every figure with its paired difference from dense."""
-    return lined(METHOD_COLUMNS, [method_cells(record) for record in sorted(records, key=rank)])
+    return lined(METHOD_COLUMNS, [method_cells(record) for record in ranked(records)])
 
 
 def tasks_table(records: list[dict[str, Any]]) -> str:
     """The six zero-shot tasks of the rows that have them."""
-    made = [(record["name"], figures(record)) for record in sorted(records, key=rank)]
+    made = [(record["name"], figures(record)) for record in ranked(records)]
     rows = [
         [name, *(shown(found, task, metric) for task, metric in ZERO_SHOT.items())]
         for name, found in made
@@ -75,6 +75,11 @@ def tasks_table(records: list[dict[str, Any]]) -> str:
     ]
     counts = {key[0]: figure["n"] for _, found in made for key, figure in found.items()}
     return lined(("row", *(f"{task} ({counts[task]})" for task in ZERO_SHOT)), rows)
+
+
+def ranked(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with figures in order; what a row without adds to the dense model stands there."""
+    return sorted((record for record in records if "columns" in record), key=rank)
 
 
 def rank(record: dict[str, Any]) -> float:

@@ -89,3 +89,22 @@ def test_rows_are_run_once_and_collected_in_the_plans_order(
         "dense",
         "star",
     ]
+
+
+def test_rows_whose_names_begin_alike_keep_their_own_figures(tmp_path: Path) -> None:
+    values = {"paper, ratio 2.5": 25.0, "paper": 24.0, "star's start, paper's training": 23.0}
+    for name, value in values.items():
+        _report(tmp_path / name, "compressed", value)
+        (tmp_path / name / command_sweep.DONE).write_text("{}")
+    _report(tmp_path / "kivi", "kivi-2", 30.0)
+    (tmp_path / "kivi" / command_sweep.DONE).write_text("{}")
+    _report(tmp_path / "again", "dense", 20.0)  # no row of the plan is the dense model itself
+    (tmp_path / "again" / command_sweep.DONE).write_text("{}")
+    names = [*values, "kivi", "again"]
+    rows = command_sweep.collected([{"name": name} for name in names], tmp_path)
+    found = {
+        row["name"]: [figure["value"] for column in row["columns"] for figure in column["figures"]]
+        for row in rows
+        if "columns" in row
+    }
+    assert found == {name: [value] for name, value in values.items()} | {"kivi": [30.0]}

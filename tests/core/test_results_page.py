@@ -118,6 +118,7 @@ def test_methods_come_by_perplexity_with_differences_from_dense(
         row("palu", 25.0, 5.0, calibration={"tokens": 0, "seconds": 8.6}),
         row("star", 21.0, 1.0, calibration={"tokens": 983040, "seconds": 118.1}),
         row("dense", 20.0, None),
+        {"name": "dense-token", "commands": []},  # its figures stand in the row of the dense model
     ]
     page = tmp_path / "page.md"
     marks = [f"<!-- {kind}: r.jsonl -->\n<!-- end -->\n" for kind in ("methods", "tasks")]
