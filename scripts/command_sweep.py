@@ -9,7 +9,8 @@ other:
 RUN is the row's folder in WORK; MODEL, WIKI and other words in capitals are what `--define` says.
 The output is written anew from what lies in WORK: a row an object, with its commands, what
 calibration recorded and the figures of `starkv eval --compare`, paired with the row `dense` where
-there is one. Rows that are complete are skipped: a sweep that was ended goes on.
+there is one. Rows that are complete are skipped: a sweep that was ended goes on. A row whose
+commands have changed since is made anew.
 
     PYTHONPATH=. python scripts/command_sweep.py plan.json rows.jsonl --work runs --workers 4 \
         --define MODEL=models/qwen --define WIKI=wiki.test.raw
@@ -114,9 +115,17 @@ class Sweep:
         self.note(f"{row['name']}: {', '.join(f'{s:.0f}' for s in taken)} s")
 
 
+def is_done(row: dict[str, Any], work: Path) -> bool:
+    """Whether the row's commands, and no others, have all ended well."""
+    path = work / row["name"] / DONE
+    if not path.is_file():
+        return False
+    return bool(json.loads(path.read_text(encoding="utf-8"))["commands"] == row["commands"])
+
+
 def collected(rows: list[dict[str, Any]], work: Path) -> list[dict[str, Any]]:
     """Complete rows in the plan's order, with their figures."""
-    made = [row for row in rows if (work / row["name"] / DONE).is_file()]
+    made = [row for row in rows if is_done(row, work)]
     records = {row["name"]: {"name": row["name"]} for row in made}
     for name, record in records.items():
         record |= json.loads((work / name / DONE).read_text(encoding="utf-8"))
@@ -157,7 +166,7 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     gpus = given.gpus.split(",") * given.workers
     sweep = Sweep(given.work, words, gpus, given.seconds)
-    missing = [row for row in rows if not (given.work / row["name"] / DONE).is_file()]
+    missing = [row for row in rows if not is_done(row, given.work)]
     with ThreadPoolExecutor(len(gpus)) as pool:
         for ended in as_completed([pool.submit(sweep.run, row) for row in missing]):
             ended.result()

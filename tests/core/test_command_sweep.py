@@ -90,18 +90,27 @@ def test_rows_are_run_once_and_collected_in_the_plans_order(
         "star",
     ]
 
+    lines.clear()
+    changed = {"name": "star", "commands": ["calibrate --seed 1 --out RUN", "eval RUN"]}
+    (tmp_path / "plan.json").write_text(json.dumps({"rows": [PLAN["rows"][0], changed]}))
+    command_sweep.main()  # what a row was made by before is no row of this plan
+    assert lines == [
+        ["calibrate", "--seed", "1", "--out", f"{work}/star"],
+        ["eval", f"{work}/star"],
+    ]
+
 
 def test_rows_whose_names_begin_alike_keep_their_own_figures(tmp_path: Path) -> None:
     values = {"paper, ratio 2.5": 25.0, "paper": 24.0, "star's start, paper's training": 23.0}
     for name, value in values.items():
         _report(tmp_path / name, "compressed", value)
-        (tmp_path / name / command_sweep.DONE).write_text("{}")
+        (tmp_path / name / command_sweep.DONE).write_text('{"commands": []}')
     _report(tmp_path / "kivi", "kivi-2", 30.0)
-    (tmp_path / "kivi" / command_sweep.DONE).write_text("{}")
+    (tmp_path / "kivi" / command_sweep.DONE).write_text('{"commands": []}')
     _report(tmp_path / "again", "dense", 20.0)  # no row of the plan is the dense model itself
-    (tmp_path / "again" / command_sweep.DONE).write_text("{}")
+    (tmp_path / "again" / command_sweep.DONE).write_text('{"commands": []}')
     names = [*values, "kivi", "again"]
-    rows = command_sweep.collected([{"name": name} for name in names], tmp_path)
+    rows = command_sweep.collected([{"name": name, "commands": []} for name in names], tmp_path)
     found = {
         row["name"]: [figure["value"] for column in row["columns"] for figure in column["figures"]]
         for row in rows
