@@ -169,6 +169,7 @@ def described(subject: Subject) -> dict[str, Any]:
             "steps": recipe.steps,
             "keys": recipe.start.keys,
             "floor": recipe.start.floor,
+            "key_group": recipe.start.key_group,
             "recovery_steps": len(recovered),
             "batch": recipe.batch,
             "length": recipe.data.length,

@@ -200,6 +200,8 @@ def start(base: dict[str, Any]) -> str:
         parts.append("attended")
     if base.get("floor"):
         parts.append("floor")
+    if (group := base.get("key_group", 1)) != 1:
+        parts.append(f"keys in groups of {group}" if group else "joint keys")
     return ", ".join(parts)
 
 

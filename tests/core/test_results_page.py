@@ -39,7 +39,7 @@ RUN: dict[str, Any] = {
     "bits": {"keys": 2.531, "values": 2.5},
     "backend": "triton",
 }
-OTHER = {"keys": "attended", "lr": 1e-3}
+OTHER = {"keys": "attended", "floor": 0.75, "key_group": 2, "lr": 1e-3}
 RECORDS = [
     record("kivi-2", "kivi", 4.0, 0.02, read="token by token"),
     record("b", "star, trained", 16.05, 0.0706, **RUN),
@@ -66,8 +66,8 @@ def test_tables_stand_where_the_page_names_their_records(
     assert found[-2:] == ["<!-- end -->", "below"] and "old" not in once
     assert found[4:-2] == [
         "| `dense` |  |  | 1.00 | 8192 |  |  | 16 | one pass | 100% | 93% | 45 |",
-        "| `star` | 2.5, attended | 20 x 2 x 1024, lr 0.001 | 8.00 | 1024 | 2.53 / 2.50 | +2.6% "
-        "| 16 | one pass (kernels) | 100% | 93% | 45 |",
+        "| `star` | 2.5, attended, floor, keys in groups of 2 | 20 x 2 x 1024, lr 0.001 | 8.00 "
+        "| 1024 | 2.53 / 2.50 | +2.6% | 16 | one pass (kernels) | 100% | 93% | 45 |",
         "| `star` | 2.5 | 20 x 2 x 1024 | 16.05 | 510 | 2.53 / 2.50 | +7.1% | 16 "
         "| one pass (kernels) | 100% | 93% | 45 |",
         "| `star` | 2.5 | 20 x 2 x 1024 | 16.00 | 512 | 2.53 / 2.50 | +7.3% | 16 "
