@@ -132,7 +132,13 @@ def quantize(
     )
     if result.kl > result.kl_limit:
         note("written by --force: the model is broken by the measure of its KL")
-    note(f"next: starkv eval {shlex.quote(result.run_dir)} --mode token")
+    most = max(result.scheme["widths"])
+    if result.limit is not None and result.bits == most and result.measured_bytes < result.limit:
+        note(
+            f"the budget is not used up: all latents have {most} bits; a run of a smaller cache "
+            "ratio would use it"
+        )
+    note(f"next: starkv eval {shlex.quote(result.run_dir)}")
 
 
 def _widths(text: str) -> list[int]:

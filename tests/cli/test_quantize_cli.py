@@ -44,8 +44,16 @@ def test_tables_and_the_next_step(on_disk: OnDisk, tmp_path: Path, capsys: Any) 
     for words in ("bytes per token, predicted", "bytes per token, measured", "cache ratio",
                   "mean bits", "KL to 16-bit latents", "bits, keys", "bits, values"):  # fmt: skip
         assert words in stdout
-    assert f"starkv eval {shlex.quote(str(out))} --mode token" in stderr
+    assert f"next: starkv eval {shlex.quote(str(out))}\n" in stderr
     assert {"quant.yaml", "quant.safetensors"} <= {p.name for p in out.iterdir()}
+
+
+def test_an_unused_budget_is_said(on_disk: OnDisk, tmp_path: Path, capsys: Any) -> None:
+    args = [on_disk.run, "--context", 1024, "--window", 8, "--device", "cpu", "--force"]
+    for ratio, unused in ((1.5, True), (5, False)):
+        code, _, stderr = run_cli(capsys, *args, "--ratio", ratio, "--out", tmp_path / f"q{ratio}")
+        assert code == 0, stderr
+        assert ("budget is not used up" in stderr) == unused
 
 
 def test_evaluations_say_the_bits(on_disk: OnDisk, tmp_path: Path, capsys: Any) -> None:
