@@ -9,7 +9,7 @@ import typer
 SubjectArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RUN|MODEL]",
+        metavar="RUN|MODEL",
         help="Run folder, model folder or hub id. Default: the embedded model.",
     ),
 ]

@@ -345,6 +345,7 @@ def write_ranks(run_dir: Path, ranks: RankMap) -> None:
         ranks.to_dict(),
         comment=(
             "Ranks of every layer: one per key head, one for the values of all heads.\n"
+            "`- dense` in place of both leaves a layer as it was.\n"
             f"After an edit: starkv calibrate --export {run_dir}"
         ),
     )

@@ -30,7 +30,7 @@ def evaluate(
     subjects: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN|MODEL]...",
+            metavar="RUN|MODEL",
             help="Run folder, model folder or hub id, several with --compare. Default: the "
             "embedded model.",
         ),
@@ -59,8 +59,8 @@ def evaluate(
     mode: Annotated[
         str | None,
         typer.Option(
-            help="Of perplexity: prefill, token (by token) or both. Default: prefill, with --cache "
-            "token."
+            help="Of perplexity: prefill (one pass; quantised latents are read as decoding reads "
+            "them), token (by token) or both. Default: prefill, with --cache token."
         ),
     ] = None,
     lengths: Annotated[
@@ -158,6 +158,11 @@ def evaluate(
 
     caches = _names(cache)
     mode = mode or ("token" if caches else "prefill")
+    if mode != "both" and not set(_names(mode)) <= set(MODES):
+        raise UserError(f"--mode {mode!r}: give prefill, token or both")
+    for folder, option in ((data, "--data"), (include_path, "--include-path")):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{option} {folder}: no such folder")
     options = EvalOptions(
         tasks=_names(tasks),
         text=text,

@@ -47,6 +47,7 @@ _NAMES = re.compile(
     r"""^["']?(?:task|group|tag)["']?:[ \t]*(?:["']?([^\s"'#\[]+)|((?:\n[ \t]*-[ \t]+\S+)+))""",
     re.MULTILINE,
 )
+_GROUPS = f"{ZERO_SHOT}, longbench, ruler"  # that options of eval are made for
 _SHOWN = 5  # nearest names of an unknown one
 _OFFLINE = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE")
 
@@ -154,7 +155,8 @@ def _unknown(name: str, near: Iterable[str], known: Sequence[str]) -> str:
     titled = [task for task, title in TITLES.items() if name == title]
     close = titled or get_close_matches(name, sorted(set(near)), n=_SHOWN)
     hint = f"; did you mean {', '.join(close)}?" if close else ""
-    return f"unknown task {name!r}{hint} (built in: {', '.join(known)})"
+    others = f"with lm-eval: {_GROUPS} and its own"
+    return f"unknown task {name!r}{hint} (built in: {', '.join(known)}; {others})"
 
 
 def tokenizer_of(subject: str | None, model: str | None = None) -> str:
@@ -355,7 +357,8 @@ def _scan(folder: Path) -> Iterator[tuple[str, Path]]:
         text = path.read_text(encoding="utf-8", errors="ignore")
         for one, several in _NAMES.findall(text):
             for name in [one] if one else re.findall(r"-[ \t]+[\"']?([^\s\"']+)", several):
-                yield name, path
+                if not name.endswith(":"):  # a key: of a task with settings of its own
+                    yield name, path
 
 
 def _complete(index: Any, name: str) -> bool:

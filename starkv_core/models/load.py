@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from starkv_core import embedded
+from starkv_core.artifacts import MANIFEST
 from starkv_core.errors import UserError
 from starkv_core.models.family import Family, family_of
 from starkv_core.models.spec import ModelSpec
@@ -246,6 +247,8 @@ def _source(name: str | None, revision: str | None) -> tuple[str, str, dict[str,
     local = Path(source).is_dir()
     if not local and _is_path(source):
         raise UserError(f"{label}: no such model folder, and no run")
+    if local and (Path(source) / MANIFEST).is_file():
+        raise UserError(f"{label}: a run, and a model is wanted; name the base model of the run")
     if local and not (Path(source) / _CONFIG).is_file():
         raise UserError(f"{label}: neither a run (manifest.json) nor a model ({_CONFIG})")
     if not local:

@@ -375,7 +375,7 @@ def test_existing_out(shell: Shell, tmp_path: Path, content: Recipe, run: Path) 
 def test_nothing_to_resume(shell: Shell, tmp_path: Path, content: Recipe) -> None:
     path = written(tmp_path, content)
     args = ["calibrate", "--resume", "--out", "nowhere"]
-    assert "nowhere" in shell.refused(*args)
+    assert "nowhere: no run to resume" in shell.refused(*args)
     assert "no run to resume" in shell.refused(*args, "--recipe", path)
 
 

@@ -160,7 +160,8 @@ def test_a_place_named_twice_is_asked_once(
     [
         (["--tasks", "perplxity,kw"], ["perplxity", "did you mean perplexity", "'kw'", "kv"]),
         (["--tasks", ""], ["tasks"]),
-        (["--mode", "tokens"], ["tokens", "token"]),
+        (["--mode", "tokens"], ["--mode 'tokens'", "prefill, token or both"]),
+        (["--data", "no/such"], ["--data no/such", "no such folder"]),
         (["--lengths", "256,many"], ["--lengths", "256,many"]),
         (["--depths", "0,1.5"], ["1.5", "0 to 1"]),
         (["--prompts", "0", "--batch", "0"], ["prompts 0", "batch 0"]),

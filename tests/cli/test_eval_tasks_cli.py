@@ -200,7 +200,10 @@ class TestWithHarness:
         ("args", "words"),
         [
             (["--tasks", "piqqa,longbnch"], ["piqqa", "did you mean piqa", "longbench"]),
-            (["--tasks", "passky"], ["passky", "did you mean passkey"]),
+            (
+                ["--tasks", "passky"],
+                ["passky", "did you mean passkey", "zero-shot, longbench, ruler"],
+            ),
             (["--tasks", "key-value"], ["key-value", "did you mean kv?"]),
             (["--tasks", "ruler"], ["niah_single_2: needs essays", "no network: niah_single_1,"]),
             (["--tasks", "longbench", "--data", "."], ["no such file", "hotpotqa.jsonl (task"]),

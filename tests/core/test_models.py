@@ -257,6 +257,8 @@ def test_folder_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     message = refusal(tmp_path / "m")
     assert message.endswith("m: neither a run (manifest.json) nor a model (config.json)")
+    (tmp_path / "m" / "manifest.json").touch()
+    assert "m: a run, and a model is wanted" in refusal(tmp_path / "m")
 
 
 def test_malformed_config(folder: Path, tmp_path: Path) -> None:
