@@ -113,7 +113,9 @@ def _run(
     as_json: bool,
 ) -> None:
     from starkv_core.calibrate import run_calibration
+    from starkv_core.run import FACTORS
 
+    finished = resume and (folder / FACTORS).is_file()
     try:
         result = run_calibration(
             recipe, folder, resume=resume, device=device, model=model, progress=progress()
@@ -127,6 +129,8 @@ def _run(
             "interrupted; to continue: "
             f"starkv calibrate --resume --out {shlex.quote(str(folder))}{where}"
         ) from None
+    if finished:
+        note(f"{folder}: was finished before; nothing was left to do")
     _show(result, as_json=as_json)
 
 

@@ -424,7 +424,9 @@ def test_out_of_gpu_memory(
     assert last.startswith("starkv: out of GPU memory: 2.00 GiB more were needed, 1.10 GiB of")
     assert "lower batch" in last
     assert "Traceback" not in err
-    assert shell.run("calibrate", "--resume", "--out", "x", "--device", "cpu")[0] == 0
+    resumed = [shell.run("calibrate", "--resume", "--out", "x", "--device", "cpu") for _ in "12"]
+    assert [code for code, _, _ in resumed] == [0, 0]
+    assert ["finished before" in err for _, _, err in resumed] == [False, True]
 
 
 # --- Ctrl-C --------------------------------------------------------------------------------------
