@@ -14,7 +14,7 @@ from starkv_core.eval.taskset import PROTOCOL, ZERO_SHOT
 
 CAPTION = (
     "± standard error; in brackets the difference from {}, ± half of its 95% interval: of pairs, "
-    "row by row, unless marked unpaired; cache bytes count the slots allocated ahead (256 at a time)"
+    "row by row, unless marked unpaired; cache bytes count slots allocated ahead (256 at a time)"
 )
 
 
