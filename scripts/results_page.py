@@ -9,10 +9,10 @@ record a line. `rows` are quantised caches and `runs` runs in 16 bits, both of q
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,9 @@ _TABLE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
-    page = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("page", type=Path)
+    page = parser.parse_args().page
 
     def filled(found: re.Match[str]) -> str:
         lines = (page.parent / found[3]).read_text(encoding="utf-8").splitlines()
