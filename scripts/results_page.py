@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,14 @@ def runs_table(records: list[dict[str, Any]]) -> str:
 
 
 def methods_table(records: list[dict[str, Any]]) -> str:
-    """Rows of a sweep of commands, every figure with its paired difference from dense."""
-    return lined(METHOD_COLUMNS, [method_cells(record) for record in ranked(records)])
+    """Rows of a sweep of commands, every figure with its paired difference from dense.
+
+    What no row has is no column.
+    """
+    rows = [method_cells(record) for record in ranked(records)]
+    filled = [any(cells) for cells in zip(*rows, strict=True)]
+    columns, *rows = [list(compress(cells, filled)) for cells in (METHOD_COLUMNS, *rows)]
+    return lined(columns, rows)
 
 
 def tasks_table(records: list[dict[str, Any]]) -> str:
