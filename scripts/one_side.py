@@ -86,11 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with ExitStack() as held:
             for i in layers:
                 made = decompose_layer(loaded, i, start, stats[i])
-                linear, blocks, mean, order = (
-                    (attentions[i].k_proj, made.keys, made.key_mean, made.key_order)
-                    if given.side == "keys"
-                    else (attentions[i].v_proj, made.values, made.value_mean, None)
-                )
+                linear, blocks, mean, order = made.sides(attentions[i])[given.side == "values"]
                 ranks = [given.rank] * len(blocks)
                 held.enter_context(approximated(linear, blocks, ranks, mean, order))
             found = costs(loaded, rows, exact)

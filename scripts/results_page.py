@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from starkv_core.artifacts import write_text_atomic
+from starkv_core.eval.taskset import PROTOCOL
 
 COLUMNS = (
     "row", "base", "recovery", "cache ratio", "bytes a token", "bits, keys / values", "over dense",
@@ -31,10 +32,6 @@ METHOD_COLUMNS = (
     "row", "tokens trained on", "calibration, s", "cache ratio", "perplexity", "over dense",
     "token by token", "over dense", "zero-shot mean", "pass-key", "key-value",
 )  # fmt: skip
-ZERO_SHOT = {  # the figure that the paper takes of each
-    "piqa": "acc", "winogrande": "acc", "arc_easy": "acc", "arc_challenge": "acc_norm",
-    "openbookqa": "acc_norm", "hellaswag": "acc_norm",
-}  # fmt: skip
 _TABLE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -78,12 +75,12 @@ def tasks_table(records: list[dict[str, Any]]) -> str:
     """The six zero-shot tasks of the rows that have them."""
     made = [(record["name"], figures(record)) for record in ranked(records)]
     rows = [
-        [name, *(shown(found, task, metric) for task, metric in ZERO_SHOT.items())]
+        [name, *(shown(found, task, metric) for task, metric in PROTOCOL.items())]
         for name, found in made
         if ("piqa", "acc", "prefill") in found
     ]
     counts = {key[0]: figure["n"] for _, found in made for key, figure in found.items()}
-    return lined(("row", *(f"{task} ({counts[task]})" for task in ZERO_SHOT)), rows)
+    return lined(("row", *(f"{task} ({counts[task]})" for task in PROTOCOL)), rows)
 
 
 def ranked(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -81,9 +81,10 @@ def calibrate(
         if out is None or not resume:
             names = ", ".join(recipe_names())
             raise UserError(f"name a recipe with --recipe: a YAML file, or one of {names}")
-        if not (out / "recipe.yaml").is_file():
-            raise UserError(f"{out}: no run to resume (no recipe.yaml in it)")
-        recipe = str(out / "recipe.yaml")
+        started = out / "recipe.yaml"
+        if not started.is_file():
+            raise UserError(f"{out}: no run to resume (no {started.name} in it)")
+        recipe = str(started)
     resolved = load_recipe(recipe, settings)
     if dry_run:
         _plan(resolved, device=device, as_json=as_json)

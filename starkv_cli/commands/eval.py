@@ -160,9 +160,6 @@ def evaluate(
     mode = mode or ("token" if caches else "prefill")
     if mode != "both" and not set(_names(mode)) <= set(MODES):
         raise UserError(f"--mode {mode!r}: give prefill, token or both")
-    for folder, option in ((data, "--data"), (include_path, "--include-path")):
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"{option} {folder}: no such folder")
     options = EvalOptions(
         tasks=_names(tasks),
         text=text,

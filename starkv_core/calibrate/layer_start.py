@@ -12,6 +12,8 @@ import torch
 from starkv_core.decompose import Decomposition
 from starkv_core.factors import in_head_order
 
+Side = tuple[Any, list[Decomposition], torch.Tensor | None, tuple[int, ...] | None]
+
 
 @dataclass(frozen=True)
 class LayerStart:
@@ -28,6 +30,17 @@ class LayerStart:
     key_mean: torch.Tensor | None
     value_mean: torch.Tensor | None
     key_order: tuple[int, ...] | None = None
+
+    def sides(self, attention: Any) -> tuple[Side, Side]:
+        """Keys and values of the layer whose attention this is, as :func:`approximated` has them.
+
+        Returns:
+            Projection, decompositions, mean and order of each.
+        """
+        return (
+            (attention.k_proj, self.keys, self.key_mean, self.key_order),
+            (attention.v_proj, self.values, self.value_mean, None),
+        )
 
 
 @contextmanager

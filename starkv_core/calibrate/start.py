@@ -337,10 +337,7 @@ def _sensitivities(
     found: list[float] = []
     with progress.task("sensitivity", 2 * len(starts), "probes") as task:
         for i, start in starts.items():
-            for linear, blocks, mean, order in (
-                (attentions[i].k_proj, start.keys, start.key_mean, start.key_order),
-                (attentions[i].v_proj, start.values, start.value_mean, None),
-            ):
+            for linear, blocks, mean, order in start.sides(attentions[i]):
                 block_ranks = ranks[len(found)]
                 dropped = sum(
                     float(d.sigma[r:].double().square().sum())

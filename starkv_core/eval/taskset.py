@@ -116,12 +116,12 @@ def load_tasks(
         UserError: lm-eval is missing, unknown names, missing files or packages, rows that only the
             network has, ways of generation that starkv does not have.
     """
-    if not names:
-        return TaskSet()
-    _require_harness(names, known)
     for folder, option in ((data, "--data"), (include_path, "--include-path")):
         if folder is not None and not folder.is_dir():
             raise UserError(f"{option} {folder}: no such folder")
+    if not names:
+        return TaskSet()
+    _require_harness(names, known)
     finder = _Finder(data, include_path, tokenizer, lengths)
     expanded = [t for name in names for t in (PROTOCOL if name == ZERO_SHOT else (name,))]
     unknown = [name for name in expanded if not finder.knows(name)]

@@ -12,6 +12,7 @@ import pytest
 
 from scripts import command_sweep
 from starkv_core.eval.records import Metric, Record
+from tests.eval_reports import report
 
 PLAN = {
     "rows": [
@@ -34,17 +35,8 @@ def _report(folder: Path, subject: str, value: float) -> None:
         run=folder.name,
         versions={},
         options={"window": 8},
-    ).to_dict()
-    document = {
-        "schema": 1,
-        "kind": "eval",
-        "created": "1",
-        "results": [record],
-        "groups": {},
-        subject: {"cache": {"rows": 1, "tokens": 8, "held": 800, "dense": 800}},
-    }
-    (folder / "results").mkdir(parents=True)
-    (folder / "results/eval-1.json").write_text(json.dumps(document))
+    )
+    report(folder, "1", {subject: 100.0}, [record])
 
 
 def test_rows_are_run_once_and_collected_in_the_plans_order(

@@ -15,6 +15,7 @@ from starkv_core.eval.confidence import Figure, difference, mean_of, shown
 from starkv_core.eval.figures import comparison_figure
 from starkv_core.eval.records import Metric, Record
 from starkv_core.eval.taskset import PROTOCOL
+from tests.eval_reports import report
 
 
 def record(task: str, subject: str, value: float, run: str, **changes: Any) -> Record:
@@ -28,21 +29,6 @@ def record(task: str, subject: str, value: float, run: str, **changes: Any) -> R
         **changes,
     }
     return Record(task=task, subject=subject, run=run, **content)
-
-
-def report(folder: Path, created: str, per_token: dict[str, float], records: list[Record]) -> None:
-    folder = folder / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    document = {
-        "schema": 1,
-        "kind": "eval",
-        "created": created,
-        "results": [one.to_dict() for one in records],
-        "groups": {},
-    }
-    for name, value in per_token.items():
-        document[name] = {"cache": {"rows": 1, "tokens": 8, "held": 8 * value, "dense": 8000}}
-    (folder / f"eval-{created}.json").write_text(json.dumps(document))
 
 
 def test_one_table_with_differences_from_the_dense_model(tmp_path: Path) -> None:

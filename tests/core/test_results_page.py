@@ -11,6 +11,7 @@ import pytest
 
 from scripts import quality_sweep, quantised_figure, results_page
 from starkv_core.artifacts import write_text_atomic
+from starkv_core.eval.taskset import PROTOCOL
 
 
 def record(name: str, method: str, ratio: float, increase: float, **rest: Any) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def test_methods_come_by_perplexity_with_differences_from_dense(
         figures = [
             _figure("perplexity", "ppl", ppl, apart),
             _figure("passkey", "acc", 0.9, None if apart is None else -0.1, path="decode"),
-            *(_figure(task, metric, 0.5, None) for task, metric in results_page.ZERO_SHOT.items()),
+            *(_figure(task, metric, 0.5, None) for task, metric in PROTOCOL.items()),
         ]
         return {"name": name, "columns": [{"cache": {"ratio": 2.0}, "figures": figures}], **rest}
 
