@@ -7,6 +7,8 @@ other:
                                   "eval RUN --text WIKI --no-dense"]}
 
 RUN is the row's folder in WORK; MODEL, WIKI and other words in capitals are what `--define` says.
+A row may say which curve of scripts/methods_figure.py it is a point of, `"curve": "star, trained"`;
+its record says it too, and rows without one are not drawn.
 The output is written anew from what lies in WORK: a row an object, with its commands, what
 calibration recorded and the figures of `starkv eval --compare`, paired with the row `dense` where
 there is one. Rows that are complete are skipped: a sweep that was ended goes on. A row whose
@@ -126,7 +128,9 @@ def is_done(row: dict[str, Any], work: Path) -> bool:
 def collected(rows: list[dict[str, Any]], work: Path) -> list[dict[str, Any]]:
     """Complete rows in the plan's order, with their figures."""
     made = [row for row in rows if is_done(row, work)]
-    records = {row["name"]: {"name": row["name"]} for row in made}
+    records = {
+        row["name"]: {key: row[key] for key in ("name", "curve") if key in row} for row in made
+    }
     for name, record in records.items():
         record |= json.loads((work / name / DONE).read_text(encoding="utf-8"))
         if is_run(work / name):

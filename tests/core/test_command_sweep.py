@@ -92,6 +92,17 @@ def test_rows_are_run_once_and_collected_in_the_plans_order(
     ]
 
 
+def test_a_curve_goes_into_the_record_and_makes_no_row_anew(tmp_path: Path) -> None:
+    for name, value in (("star", 21.0), ("care", 25.0)):
+        _report(tmp_path / name, "compressed", value)
+        (tmp_path / name / command_sweep.DONE).write_text('{"commands": ["eval RUN"]}')
+    named = {"name": "star", "curve": "star, trained", "commands": ["eval RUN"]}
+    other = {"name": "care", "commands": ["eval RUN"]}
+    star, care = command_sweep.collected([named, other], tmp_path)
+    assert star["curve"] == "star, trained" and star["columns"][0]["figures"][0]["value"] == 21.0
+    assert "curve" not in care
+
+
 def test_rows_whose_names_begin_alike_keep_their_own_figures(tmp_path: Path) -> None:
     values = {"paper, ratio 2.5": 25.0, "paper": 24.0, "star's start, paper's training": 23.0}
     for name, value in values.items():
