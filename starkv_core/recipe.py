@@ -137,7 +137,7 @@ class StartSection:
         proportion to the gradients of the weights), greedy (by the share of what is left that a row
         takes off) or error (one error of the output in all layers).
     floor: share of the rank it would have at even ranks that every factorisation starts with at
-        least; for allocation probed and common.
+        least; for allocation probed and common. By default 0, of star without training 0.75.
     output_damping: share of the mean added to that weight, as a fraction.
     key_group: key heads per factorisation; 1 is head-wise; 0, or more than there are, is joint: all
         heads of a layer.
@@ -259,6 +259,7 @@ _PLAIN_START: Final[dict[str, Any]] = {
     "allocation": "uniform",
     "slack": 1.0,
 }
+_ONE_SHOT_FLOOR: Final = 0.75  # of star (docs/results/ablations.md)
 _METHOD_DEFAULTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
     "star": {
         "start": {
@@ -267,7 +268,6 @@ _METHOD_DEFAULTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
             "center": True,
             "output_aware": True,
             "allocation": "probed",
-            "floor": 0.75,
             "slack": 1.25,
         },
         "optim": {
@@ -412,6 +412,9 @@ class _Resolver:
             str(self.raw.get("method", "star")), _METHOD_DEFAULTS["star"]
         )
         scalars = self._scalars()
+        if scalars.get("method", "star") == "star" and scalars.get("steps") == 0:
+            # Training mends what the probes misjudge, and does better without a floor.
+            defaults = {**defaults, "start": {**defaults["start"], "floor": _ONE_SHOT_FLOOR}}
         sections = {
             name: self._section(name, kind, defaults.get(name, {}))
             for name, kind in _SECTIONS.items()

@@ -52,6 +52,15 @@ def test_defaults_of_paper() -> None:
     assert (r.optim.gamma, r.optim.weight_decay, r.optim.beta2) == (0.1, 0.01, 0.999)
 
 
+def test_only_one_shot_star_has_a_floor() -> None:
+    budget = {"budget": {"ratio": 2}}
+    assert parse(budget).start.floor == 0
+    assert parse(budget, "steps=0").start.floor == 0.75
+    assert parse(budget, "steps=0", "start.floor=0.5").start.floor == 0.5
+    assert parse(budget, "steps=0", "method=paper").start.floor == 0
+    assert parse(budget, "method=palu").start.floor == 0  # steps are 0, whatever is asked for
+
+
 def test_given_keys_win_over_the_method() -> None:
     r = parse({"budget": {"ratio": 2}, "method": "paper", "start": {"keys": "query-aware"}})
     assert r.start.keys == "query-aware"
