@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ TICKS = (0.1, 0.2, 0.4, 1, 2, 4, 10, 20, 40, 100, 200, 400)
 RATIOS = (2, 4, 6, 8, 12, 16, 20)  # marked on the axis
 LEAST = 0.05  # percent: what lies below is shown there
 
+Curves = dict[str, list[dict[str, Any]]]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -32,41 +37,69 @@ def main() -> None:
     parser.add_argument("--aims", type=float, nargs="*", default=(), help="ratio, percent, ...")
     given = parser.parse_args()
     rows = [json.loads(line) for line in given.records.read_text(encoding="utf-8").splitlines()]
+    found = dict(sorted(curves(rows).items()))
     figure = Figure(figsize=(11.0, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for mark, (name, points) in zip(MARKS, curves(rows).items(), strict=False):
-        ratios = [row["ratio"] for row in points]
-        more = [max(100 * row["increase"], LEAST) for row in points]
-        least = [100 * min(row["retrieval"].values()) for row in points]
-        line = "-" if "scheme" in points[0] else "none"
-        for ax, heights in ((left, more), (right, least)):
-            ax.plot(ratios, heights, marker=mark, label=name, linewidth=1.5, linestyle=line)
+    styles = [{"linestyle": "-" if "scheme" in run[0] else "none"} for run in found.values()]
+    left, _ = panels(figure, found, styles, RATIOS, LEAST)
     aim = {"marker": "_", "markersize": 16, "color": "black", "linestyle": "none"}
     if given.aims:
         left.plot(given.aims[::2], given.aims[1::2], label="aim, at most", **aim)
-    left.set_yscale("log")
-    left.set_yticks(TICKS)
-    left.set_ylim(0.8 * LEAST, 1.5 * max(100 * row["increase"] for row in rows))
-    left.yaxis.set_minor_locator(NullLocator())
-    left.set_ylabel("perplexity over dense (same windows)")
-    right.set_ylabel("answers right, pass-key or key-value, whichever is worse")
-    for ax in (left, right):
-        ax.set_xlabel("cache ratio, whole cache at 2048 tokens")
-        ax.set_xticks([ratio for ratio in RATIOS if ratio < 1.2 * max(r["ratio"] for r in rows)])
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
-        ax.grid(alpha=0.3)
     left.legend(fontsize=8)
     figure.suptitle(given.title, fontsize=11)
     save_png(figure, given.figure)
 
 
-def curves(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of every method by ratio; of nearly equal ratios the one of lowest perplexity."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: -float(row["increase"])):
-        if row["name"] != "dense":
-            found.setdefault(row["method"], {})[round(5 * row["ratio"])] = row
-    return {name: [at[ratio] for ratio in sorted(at)] for name, at in sorted(found.items())}
+def curves(rows: list[dict[str, Any]]) -> Curves:
+    """Rows of every method by ratio; of nearly equal ratios the one of lowest perplexity.
+
+    Methods are in the order of their first rows, and the dense model is none.
+    """
+    made = [row for row in rows if row["name"] != "dense"]
+    found: dict[str, dict[int, dict[str, Any]]] = {row["method"]: {} for row in made}
+    for row in sorted(made, key=lambda row: -float(row["increase"])):
+        found[row["method"]][round(5 * row["ratio"])] = row
+    return {name: [at[ratio] for ratio in sorted(at)] for name, at in found.items()}
+
+
+def panels(
+    figure: Figure,
+    drawn: Curves,
+    styles: Sequence[dict[str, Any]],
+    ratios: Sequence[float],
+    least: float,
+    most: float = math.inf,
+) -> Any:
+    """Draw curves into two panels, perplexity and retrieval, and return these.
+
+    Their rows have a ``ratio``, the ``increase`` of perplexity over dense and shares of right
+    answers of each task of ``retrieval``; ``styles`` are matplotlib's, one a curve. ``ratios`` are
+    marked on the axis, up to the rows' largest. Increases below ``least`` or above ``most`` percent
+    are drawn there.
+    """
+    left, right = figure.subplots(1, 2)
+    for mark, (name, rows), style in zip(cycle(MARKS), drawn.items(), styles, strict=False):
+        at = [row["ratio"] for row in rows]
+        more = [min(max(100 * row["increase"], least), most) for row in rows]
+        right_answers = [100 * min(row["retrieval"].values()) for row in rows]
+        for ax, heights in ((left, more), (right, right_answers)):
+            ax.plot(at, heights, marker=mark, label=name, linewidth=1.5, **style)
+    shown = [row for rows in drawn.values() for row in rows]
+    left.set_yscale("log")
+    left.set_yticks(TICKS)
+    left.set_ylim(0.8 * least, 1.5 * min(100 * max(row["increase"] for row in shown), most))
+    left.yaxis.set_minor_locator(NullLocator())
+    left.set_ylabel("perplexity over dense (same windows)")
+    right.set_ylabel("answers right, pass-key or key-value, whichever is worse")
+    edges = {least: "≤", most: "≥"}
+    for ax in (left, right):
+        ax.set_xlabel("cache ratio, whole cache at 2048 tokens")
+        ax.set_xticks([ratio for ratio in ratios if ratio < 1.2 * max(r["ratio"] for r in shown)])
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
+        ax.grid(alpha=0.3)
+    left.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{edges.get(value, '')}{value:g}%")
+    )
+    return left, right
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
-from scripts import quality_sweep, quantised_figure, results_page
+from scripts import methods_figure, quality_sweep, quantised_figure, results_page
 from starkv_core.artifacts import write_text_atomic
 from starkv_core.eval.taskset import PROTOCOL
 
@@ -148,6 +149,119 @@ def test_a_curve_goes_through_the_best_row_of_a_ratio() -> None:
         "kivi": ["kivi-2"],
         "star, trained": ["a", "b"],
     }
+
+
+def _drawn(name: str, curve: str | None, ratio: float, *figures: Any, kv: float = 1.0) -> Any:
+    shares = [_figure(t, "acc", v, 0.0, path="decode") for t, v in (("passkey", 0.9), ("kv", kv))]
+    column = {"cache": {"ratio": ratio}, "figures": [*figures, *shares]}
+    return {"name": name, "columns": [column]} | ({"curve": curve} if curve else {})
+
+
+def _ppl(value: float, apart: float, path: str = "prefill") -> Any:
+    return _figure("perplexity", "ppl", value, apart, path=path)
+
+
+METHODS = [
+    _drawn("kivi-2", "kivi-2", 4.0, _ppl(30.0, 5.0, "decode")),  # dense has 25 token by token
+    _drawn("h2o", "h2o", 2.0, _ppl(25.25, 0.25, "decode"), kv=0.2),
+    _drawn("star-4", "star", 4.0, _ppl(28.0, 8.0), _ppl(26.0, 1.0, "decode"), kv=0.6),
+    _drawn("paper", "paper", 2.5, _ppl(140.0, 120.0)),
+    _drawn("star-2", "star", 2.0, _ppl(21.0, 1.0)),
+    _drawn("star-2, worse", "star", 2.01, _ppl(22.0, 2.0)),
+    _drawn("star-2, seed 1", None, 2.0, _ppl(20.5, 0.5)),
+    {"name": "dense", "columns": [{"cache": {"ratio": 1.0}, "figures": []}]},
+]
+
+
+def test_curves_of_methods_have_their_increase_over_dense_read_the_same_way() -> None:
+    found = methods_figure.drawn(METHODS)
+    assert list(found) == ["star", "paper", "h2o", "kivi-2"]  # token by token behind, by name
+    points = {
+        name: [(row["ratio"], row["increase"], row["token by token"]) for row in rows]
+        for name, rows in found.items()
+    }
+    assert points == {
+        "star": [(2.0, 0.05, False), (4.0, 0.4, False)],
+        "paper": [(2.5, 6.0, False)],
+        "h2o": [(2.0, 0.01, True)],
+        "kivi-2": [(4.0, 0.2, True)],
+    }
+    assert [row["retrieval"] for row in found["star"]] == [
+        {"passkey": 0.9, "kv": 1.0},
+        {"passkey": 0.9, "kv": 0.6},
+    ]
+
+
+def test_marks_beyond_the_limits_are_at_the_edge_and_worse_retrieval_is_drawn() -> None:
+    found = methods_figure.drawn(METHODS)
+    styles = [methods_figure.style(rows) for rows in found.values()]
+    panels = quantised_figure.panels(Figure(), found, styles, [2, 4], 2.0, 400.0)
+    more, right = (
+        {line.get_label(): list(map(tuple, line.get_xydata())) for line in panel.lines}
+        for panel in panels
+    )
+    assert more == {
+        "star": [(2.0, pytest.approx(5.0)), (4.0, pytest.approx(40.0))],
+        "paper": [(2.5, 400.0)],
+        "h2o": [(2.0, 2.0)],
+        "kivi-2": [(4.0, pytest.approx(20.0))],
+    }
+    assert right == {
+        "star": [(2.0, 90.0), (4.0, 60.0)],
+        "paper": [(2.5, 90.0)],
+        "h2o": [(2.0, 20.0)],
+        "kivi-2": [(4.0, 90.0)],
+    }
+    assert [line.get_linestyle() for line in panels[0].lines] == ["-", "None", "None", "None"]
+
+
+def test_curves_stand_side_by_side_and_caches_where_they_are() -> None:
+    apart = methods_figure.APART
+    moved = methods_figure.side_by_side(methods_figure.drawn(METHODS))
+    assert {name: [row["ratio"] for row in rows] for name, rows in moved.items()} == {
+        "star": [2.0 - apart / 2, 4.0 - apart / 2],
+        "paper": [2.5 + apart / 2],
+        "h2o": [2.0],
+        "kivi-2": [4.0],
+    }
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"name": "bare", "curve": "star", "commands": []},  # its figures stand in another row
+        _drawn("bare", "star", 2.0),
+        _drawn("bare", "star", 2.0, _figure("perplexity", "ppl", 21.0, None)),  # no row `dense`
+    ],
+)
+def test_a_row_with_a_curve_and_nothing_to_draw_is_told(row: dict[str, Any]) -> None:
+    with pytest.raises(SystemExit, match="row bare has a curve but not perplexity"):
+        methods_figure.drawn([row])
+
+
+def test_the_figure_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text_atomic(tmp_path / "r.jsonl", "".join(json.dumps(r) + "\n" for r in METHODS))
+    saved: list[tuple[Figure, Path]] = []
+    monkeypatch.setattr(methods_figure, "save_png", lambda *given: saved.append(given))
+    files = [str(tmp_path / name) for name in ("r.jsonl", "r.png")]
+    monkeypatch.setattr(sys, "argv", ["methods_figure.py", *files, "--title", "a model"])
+    methods_figure.main()
+    ((figure, path),) = saved
+    assert path == tmp_path / "r.png" and figure.get_suptitle() == "a model"
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["star", "paper", "h2o", "kivi-2"]
+    left, right = figure.axes
+    for ax in (left, right):  # marks are at ratios 2 to 4, less and more what curves are moved by
+        assert list(ax.get_xticks()) == [2.0, 2.5, 3.0, 3.5, 4.0]
+    labels = [left.yaxis.get_major_formatter()(tick) for tick in left.get_yticks()]
+    assert labels[:2] == ["0.1%", "≤0.2%"] and labels[-1] == "≥400%"
+    low, high = left.get_ylim()
+    assert 0.1 < low < 0.2 and high > 400
+
+    write_text_atomic(tmp_path / "r.jsonl", json.dumps(METHODS[-1]) + "\n")
+    with pytest.raises(SystemExit, match="r.jsonl: no row has a curve"):
+        methods_figure.main()
 
 
 def test_a_sweep_whose_worker_dies_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
