@@ -88,10 +88,12 @@ def ranked(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted((record for record in records if "columns" in record), key=rank)
 
 
-def rank(record: dict[str, Any]) -> float:
-    """Perplexity of one pass, which rows are ordered by; those without come last."""
-    figure = figures(record).get(("perplexity", "ppl", "prefill"))
-    return math.inf if figure is None else float(figure["value"])
+def rank(record: dict[str, Any]) -> tuple[float, float]:
+    """Cache ratio, then perplexity, of one pass where the row has it."""
+    found = figures(record)
+    read = [found.get(("perplexity", "ppl", path)) for path in ("prefill", "decode")]
+    values = [float(figure["value"]) for figure in read if figure is not None]
+    return round(record["columns"][0]["cache"]["ratio"], 1), values[0] if values else math.inf
 
 
 def method_cells(record: dict[str, Any]) -> list[str]:
