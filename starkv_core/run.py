@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -279,7 +280,7 @@ def open_subject(
     if FACTORS not in manifest["files"]:
         raise UserError(
             f"{run_dir}: calibration has not finished; continue it with "
-            f"`starkv calibrate --resume --out {run_dir}`"
+            f"`starkv calibrate --resume --out {shlex.quote(str(run_dir))}`"
         )
     settle_factors(run_dir, manifest)
     base = manifest["base_model"]
@@ -346,7 +347,7 @@ def write_ranks(run_dir: Path, ranks: RankMap) -> None:
         comment=(
             "Ranks of every layer: one per key head, one for the values of all heads.\n"
             "`- dense` in place of both leaves a layer as it was.\n"
-            f"After an edit: starkv calibrate --export {run_dir}"
+            f"After an edit: starkv calibrate --export {shlex.quote(str(run_dir))}"
         ),
     )
 
@@ -413,7 +414,7 @@ def read_folded(run_dir: Path, ranks: RankMap, sha256: str) -> dict[int, FoldedL
     if made_for != ranks.to_dict()["layers"]:
         raise UserError(
             f"{run_dir}/{RANKS}: not the ranks of {FACTORS}; after an edit run "
-            f"`starkv calibrate --export {run_dir}`"
+            f"`starkv calibrate --export {shlex.quote(str(run_dir))}`"
         )
     layers: dict[int, FoldedLayer] = {}
     faults = []

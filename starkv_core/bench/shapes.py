@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def open_shape(name: str, model: str | None = None) -> Shape:
         if FACTORS not in manifest["files"]:
             raise UserError(
                 f"{name}: calibration has not finished; continue it with "
-                f"`starkv calibrate --resume --out {name}`"
+                f"`starkv calibrate --resume --out {shlex.quote(name)}`"
             )
         base, path = manifest["base_model"], Path(name)
         spec, parameters = inspect(model or base.get("name"), revision=base.get("revision"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,5 +103,7 @@ def _reports(source: Path) -> list[tuple[Path, dict[str, Any]]]:
             if "results" in document:
                 documents.append((path, document))
     if not documents:
-        raise UserError(f"{source}: no report to compare; make one with: starkv eval {source}")
+        raise UserError(
+            f"{source}: no report to compare; make one with: starkv eval {shlex.quote(str(source))}"
+        )
     return sorted(documents, key=lambda report: str(report[1].get("created")))

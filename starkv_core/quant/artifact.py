@@ -8,6 +8,7 @@ are in the manifest.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -145,13 +146,13 @@ def read_quantisation(
     if sha256_file(path) != manifest["files"][QUANT]:
         raise UserError(
             f"{path}: edited or damaged: its checksum is not the one in the manifest; restore it, "
-            f"or run `starkv quantize {run_dir} --replace`"
+            f"or run `starkv quantize {shlex.quote(str(run_dir))} --replace`"
         )
     record = manifest.get(_RECORD)
     if not isinstance(record, dict) or record.get("factors") != factors:
         raise UserError(
             f"{run_dir}: quantised from other factors than it has now (exported since?); run "
-            f"`starkv quantize {run_dir} --replace`"
+            f"`starkv quantize {shlex.quote(str(run_dir))} --replace`"
         )
     tensors, metadata = read_safetensors(run_dir / TENSORS, sha256=manifest["files"].get(TENSORS))
     layers: dict[int, QuantLayer] = {}
