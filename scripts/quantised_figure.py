@@ -16,6 +16,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -68,7 +69,7 @@ def panels(
     ratios: Sequence[float],
     least: float,
     most: float = math.inf,
-) -> Any:
+) -> tuple[Axes, Axes]:
     """Draw curves into two panels, perplexity and retrieval, and return these.
 
     Their rows have a ``ratio``, the ``increase`` of perplexity over dense and shares of right

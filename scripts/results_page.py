@@ -89,11 +89,10 @@ def ranked(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def rank(record: dict[str, Any]) -> tuple[float, float]:
-    """Cache ratio, then perplexity, of one pass where the row has it."""
-    found = figures(record)
-    read = [found.get(("perplexity", "ppl", path)) for path in ("prefill", "decode")]
-    values = [float(figure["value"]) for figure in read if figure is not None]
-    return round(record["columns"][0]["cache"]["ratio"], 1), values[0] if values else math.inf
+    """Cache ratio, then how far perplexity is over dense; rows without it come last."""
+    more = increase(figures(record))
+    ratio = round(record["columns"][0]["cache"]["ratio"], 1)
+    return ratio, math.inf if more is None else more
 
 
 def method_cells(record: dict[str, Any]) -> list[str]:
@@ -136,6 +135,16 @@ def perplexity(found: Figures, path: str) -> tuple[str, str]:
     dense = value - apart["value"]
     half = "" if apart["half"] is None else f" ± {apart['half'] / dense:.1%}"
     return f"{value:.2f}", f"{apart['value'] / dense:+.1%}{half}"
+
+
+def increase(found: Figures) -> float | None:
+    """Share that perplexity is over dense on the same windows: of one pass, else token by token."""
+    for path in ("prefill", "decode"):
+        figure = found.get(("perplexity", "ppl", path))
+        if figure is not None and figure["difference"] is not None:
+            apart = figure["difference"]["value"]
+            return float(apart / (figure["value"] - apart))
+    return None
 
 
 def shown(found: Figures, task: str, metric: str, path: str = "prefill") -> str:
