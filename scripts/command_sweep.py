@@ -42,14 +42,14 @@ from starkv_core.provenance import git_commit, hardware, versions
 from starkv_core.run import is_run
 
 DONE = "row.json"  # in the row's folder: seconds of its commands, once all have ended well
+WORD = re.compile(r"\b[A-Z]{3,}\b")  # in a command, defined for the sweep
 TAIL = 1500  # characters of a failed command's output that are shown
 
 
 def expanded(command: str, words: dict[str, str]) -> list[str]:
     """The command line of a row's command."""
     parts = [
-        re.sub(r"\b[A-Z]{3,}\b", lambda found: words.get(found[0], found[0]), part)
-        for part in shlex.split(command)
+        WORD.sub(lambda found: words.get(found[0], found[0]), part) for part in shlex.split(command)
     ]
     return [sys.executable, "-m", "starkv_cli", *parts]
 
@@ -157,7 +157,9 @@ def row_of(label: str, names: Sequence[str], work: Path) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("plan", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
@@ -167,13 +169,18 @@ def main() -> None:
     parser.add_argument("--define", action="append", default=[], metavar="WORD=TEXT")
     given = parser.parse_args()
     rows = json.loads(given.plan.read_text(encoding="utf-8"))["rows"]
+    if faults := [word for word in given.define if "=" not in word]:
+        parser.error(f"--define {faults[0]}: give WORD=TEXT")
     words = dict(word.split("=", 1) for word in given.define)
+    asked = {word for row in rows for command in row["commands"] for word in WORD.findall(command)}
+    if missing := sorted(asked - {*words, "RUN"}):
+        parser.error(f"the plan needs --define for {', '.join(missing)}")
     given.work.mkdir(parents=True, exist_ok=True)
     gpus = given.gpus.split(",") * given.workers
     sweep = Sweep(given.work, words, gpus, given.seconds)
-    missing = [row for row in rows if not is_done(row, given.work)]
+    left = [row for row in rows if not is_done(row, given.work)]
     with ThreadPoolExecutor(len(gpus)) as pool:
-        for ended in as_completed([pool.submit(sweep.run, row) for row in missing]):
+        for ended in as_completed([pool.submit(sweep.run, row) for row in left]):
             ended.result()
     lines = [json.dumps(record) + "\n" for record in collected(rows, given.work)]
     write_text_atomic(given.out, "".join(lines))

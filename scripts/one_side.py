@@ -54,7 +54,9 @@ def costs(loaded: LoadedModel, rows: torch.Tensor, exact: list[torch.Tensor]) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("side", choices=("keys", "values"))
     parser.add_argument("variants", nargs="+", help="options of start, joined by commas")
     parser.add_argument("--rank", type=int, required=True, help="of every factorisation")

@@ -35,7 +35,7 @@ from starkv_core.eval.text import BUILTIN, EvalText, read_eval_text
 from starkv_core.provenance import git_commit, hardware, versions
 from starkv_core.quant.dense import SCHEMES, coded_dense
 from starkv_core.recipe import load_recipe
-from starkv_core.run import RECIPE, Subject, open_subject
+from starkv_core.run import RECIPE, Subject, is_run, open_subject
 
 CONTEXT = 2048
 READ = {"token": "token by token", "prefill": "one pass, coded as decode reads"}
@@ -193,7 +193,9 @@ def method_of(subject: Subject, name: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", nargs="+")
     parser.add_argument("--model")
     parser.add_argument("--text", default=BUILTIN)
@@ -206,6 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backend", choices=("reference", "triton"))
     given = vars(parser.parse_args(arguments))
     rows = given.pop("rows")
+    for row in rows:
+        if row != "dense" and row not in SCHEMES and not is_run(row):
+            names = ", ".join(SCHEMES)
+            parser.error(f"{row}: neither dense, a cache ({names}) nor a run folder")
     measurement = Measurement(**{**given, "lengths": tuple(given["lengths"])})
     for name in rows:
         sys.stdout.write(json.dumps(measurement.row(name)) + "\n")

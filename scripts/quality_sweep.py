@@ -113,7 +113,9 @@ def tried(task: Callable[[dict[str, Any], Path], Any], item: dict[str, Any], wor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("plan", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")

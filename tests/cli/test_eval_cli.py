@@ -169,6 +169,7 @@ def test_a_place_named_twice_is_asked_once(
         (["--window", "2000"], ["2000", "1024"]),
         (["--tasks", "passkey", "--lengths", "2000"], ["2000", "1024"]),
         (["--text", "not/here/at-all.txt"], ["not/here/at-all.txt", "no such file"]),
+        (["--text", "wiki.test.raw"], ["wiki.test.raw", "no such file"]),
         (["--out", "."], ["already exists"]),
     ],
 )

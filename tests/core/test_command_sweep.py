@@ -120,3 +120,28 @@ def test_rows_whose_names_begin_alike_keep_their_own_figures(tmp_path: Path) -> 
         if "columns" in row
     }
     assert found == {name: [value] for name, value in values.items()} | {"kivi": [30.0]}
+
+
+@pytest.mark.parametrize(
+    ("defined", "said"),
+    [
+        (["--define", "MODEL"], "--define MODEL: give WORD=TEXT"),
+        ([], "the plan needs --define for MODEL"),
+    ],
+)
+def test_words_are_checked_before_anything_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    defined: list[str],
+    said: str,
+) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(PLAN), encoding="utf-8")
+    work = tmp_path / "work"
+    line = ["sweep", str(plan), str(tmp_path / "rows.jsonl"), "--work", str(work), *defined]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as ended:
+        command_sweep.main()
+    assert ended.value.code == 2 and not work.exists()
+    assert capsys.readouterr().err.endswith(f"{said}\n")

@@ -55,8 +55,9 @@ def test_defaults_of_paper() -> None:
 def test_only_one_shot_star_has_a_floor() -> None:
     budget = {"budget": {"ratio": 2}}
     assert parse(budget).start.floor == 0
+    assert parse(budget, "rank_steps=0").start.floor == 0
     assert parse(budget, "steps=0").start.floor == 0.75
-    assert parse(budget, "steps=0", "start.floor=0.5").start.floor == 0.5
+    assert parse({**budget, "start": {"floor": 0.25}}, "steps=0").start.floor == 0.25
     assert parse(budget, "steps=0", "method=paper").start.floor == 0
     assert parse(budget, "method=palu").start.floor == 0  # steps are 0, whatever is asked for
 
