@@ -128,10 +128,8 @@ def is_done(row: dict[str, Any], work: Path) -> bool:
 def collected(rows: list[dict[str, Any]], work: Path) -> list[dict[str, Any]]:
     """Complete rows in the plan's order, with their figures."""
     made = [row for row in rows if is_done(row, work)]
-    records = {row["name"]: {"name": row["name"]} for row in made}
-    for row in made:
-        if "curve" in row:
-            records[row["name"]]["curve"] = row["curve"]
+    told = ("name", "curve")
+    records = {row["name"]: {key: row[key] for key in told if key in row} for row in made}
     for name, record in records.items():
         record |= json.loads((work / name / DONE).read_text(encoding="utf-8"))
         if is_run(work / name):

@@ -12,15 +12,12 @@ there, at the edge. Marks of curves at one ratio stand side by side, 0.012 of a 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from scripts.quantised_figure import Curves, curves, panels
+from scripts.quantised_figure import Curves, arguments, curves, panels, read_records
 from scripts.results_page import figures, increase
 from starkv_core.figures import save_png
 
@@ -36,15 +33,8 @@ NOTE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("records", type=Path)
-    parser.add_argument("figure", type=Path)
-    parser.add_argument("--title", required=True)
-    given = parser.parse_args()
-    lines = given.records.read_text(encoding="utf-8").splitlines()
-    found = drawn([json.loads(line) for line in lines])
+    given = arguments(__doc__).parse_args()
+    found = drawn(read_records(given.records))
     if not found:
         raise SystemExit(f"{given.records}: no row has a curve; name them in the sweep's plan")
     figure = Figure(figsize=(11.0, 6.0), layout="constrained")

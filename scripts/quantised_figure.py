@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -31,25 +32,35 @@ Curves = dict[str, list[dict[str, Any]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("records", type=Path)
-    parser.add_argument("figure", type=Path)
-    parser.add_argument("--title", required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--aims", type=float, nargs="*", default=(), help="ratio, percent, ...")
     given = parser.parse_args()
-    rows = [json.loads(line) for line in given.records.read_text(encoding="utf-8").splitlines()]
-    found = dict(sorted(curves(rows).items()))
+    found = dict(sorted(curves(read_records(given.records)).items()))
     figure = Figure(figsize=(11.0, 4.8), layout="constrained")
     styles = [{"linestyle": "-" if "scheme" in run[0] else "none"} for run in found.values()]
     left, _ = panels(figure, found, styles, RATIOS, LEAST)
-    aim = {"marker": "_", "markersize": 16, "color": "black", "linestyle": "none"}
+    aim: dict[str, Any] = {"marker": "_", "markersize": 16, "color": "black", "linestyle": "none"}
     if given.aims:
         left.plot(given.aims[::2], given.aims[1::2], label="aim, at most", **aim)
     left.legend(fontsize=8)
     figure.suptitle(given.title, fontsize=11)
     save_png(figure, given.figure)
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What a script of one figure is given: records, the file to write, a title."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("records", type=Path)
+    parser.add_argument("figure", type=Path)
+    parser.add_argument("--title", required=True)
+    return parser
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Records of a sweep, one a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def curves(rows: list[dict[str, Any]]) -> Curves:
@@ -94,15 +105,17 @@ def panels(
     left.set_ylabel("perplexity over dense (same windows)")
     right.set_ylabel("answers right, pass-key or key-value, whichever is worse")
     edges = {least: "≤", most: "≥"}
-    for ax in (left, right):
+    for ax, marked in ((left, edges), (right, {})):
         ax.set_xlabel("cache ratio, whole cache at 2048 tokens")
         ax.set_xticks([ratio for ratio in ratios if ratio < 1.2 * max(r["ratio"] for r in shown)])
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
+        ax.yaxis.set_major_formatter(FuncFormatter(partial(percent, marked)))
         ax.grid(alpha=0.3)
-    left.yaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{edges.get(value, '')}{value:g}%")
-    )
     return left, right
+
+
+def percent(marked: dict[float, str], value: float, _: object) -> str:
+    """Label of a tick; some values have a mark before them."""
+    return f"{marked.get(value, '')}{value:g}%"
 
 
 if __name__ == "__main__":

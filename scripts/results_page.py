@@ -134,9 +134,14 @@ def perplexity(found: Figures, path: str) -> tuple[str, str]:
     value, apart = figure["value"], figure["difference"]
     if apart is None:
         return f"{value:.2f}", ""
-    dense = value - apart["value"]
-    half = "" if apart["half"] is None else f" ± {apart['half'] / dense:.1%}"
-    return f"{value:.2f}", f"{apart['value'] / dense:+.1%}{half}"
+    half = "" if apart["half"] is None else f" ± {over_dense(figure, 'half'):.1%}"
+    return f"{value:.2f}", f"{over_dense(figure):+.1%}{half}"
+
+
+def over_dense(figure: dict[str, Any], part: str = "value") -> float:
+    """A figure's difference from dense, or half of its interval, as a share of dense."""
+    apart = figure["difference"]
+    return float(apart[part] / (figure["value"] - apart["value"]))
 
 
 def increase(found: Figures) -> float | None:
@@ -144,8 +149,7 @@ def increase(found: Figures) -> float | None:
     for path in ("prefill", "decode"):
         figure = found.get(("perplexity", "ppl", path))
         if figure is not None and figure["difference"] is not None:
-            apart = figure["difference"]["value"]
-            return float(apart / (figure["value"] - apart))
+            return over_dense(figure)
     return None
 
 

@@ -30,9 +30,11 @@ def check_source(source: str) -> None:
     path = BUILTIN.get(source, Path(source))
     if path.is_dir():
         raise UserError(f"{source}: a folder; give one .txt, .jsonl or .parquet file in it")
-    if path.suffix.lower() in (".txt", *_LOADERS):
-        if not path.exists():
-            raise UserError(f"{source}: no such file")
+    readable = path.suffix.lower() in (".txt", *_LOADERS)
+    beside = len(path.parts) == 1 or path.parent.is_dir()
+    if not path.exists() and (readable or (path.suffix and beside)):
+        raise UserError(f"{source}: no such file")
+    if readable:
         if path.suffix.lower() == ".parquet":
             if path.stat().st_size == 0:
                 raise _empty(source)

@@ -66,10 +66,6 @@ def check_eval_text(
     if _is_plain(source):
         check_text_file(Path(source))
     elif source != BUILTIN:
-        path = Path(source)
-        beside = len(path.parts) == 1 or path.parent.is_dir()
-        if path.suffix and beside and not path.exists():
-            raise UserError(f"{source}: no such file")
         next(documents(source, config, split, field))
 
 

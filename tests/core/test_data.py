@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from starkv_core.data.corpus import documents
+from starkv_core.data.corpus import check_source, documents
 from starkv_core.data.packing import pack, plant
 from starkv_core.errors import UserError
 from starkv_core.models.load import load
@@ -70,10 +70,16 @@ def test_not_utf8_names_the_byte(tmp_path: Path, name: str) -> None:
         list(documents(write(tmp_path / name, start + b"yy\xff")))
 
 
-@pytest.mark.parametrize("name", ["none.txt", "none.jsonl", "none.parquet"])
+@pytest.mark.parametrize("name", ["none.txt", "none.jsonl", "none.parquet", "wiki.raw"])
 def test_missing_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=f"{name}: no such file"):
-        documents(str(tmp_path / name))
+    for source in (str(tmp_path / name), name):
+        with pytest.raises(UserError, match=f"{name}: no such file"):
+            documents(source)
+
+
+def test_a_hub_data_set_is_no_missing_file() -> None:
+    check_source("someone/texts.v2")
+    check_source("someone/texts")
 
 
 def test_folders_and_other_files_are_refused(tmp_path: Path) -> None:
